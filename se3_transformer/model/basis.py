@@ -1,0 +1,168 @@
+"""Edge frames: the geometry that a convolution needs of each edge, and the couplings in that frame.
+
+The kernel of an equivariant convolution satisfies K(g r) = D_out(g) K(r) D_in(g)^T for every rotation g. With g_e any
+rotation that takes the polar axis y to the direction of edge e,
+
+    K(r_e) = D_out(g_e) · K(|r_e| y) · D_in(g_e)^T,
+
+and K(|r| y) couples only the orders +m and -m of the same |m| (Passaro & Zitnick 2023, arXiv 2302.03655):
+
+    y[+m] = a_m x[+m] - b_m x[-m],        y[-m] = b_m x[+m] + a_m x[-m].
+
+So the Wigner blocks D_l(g_e) are all that has to be known of an edge: 84 numbers up to degree 3 in place of the 1,092
+of the dense bases Q_J Y_J. The result does not depend on which g_e is taken, hence gradients with respect to
+positions are exact although g_e itself is only piecewise smooth.
+
+Conventions are those of e3nn: real spherical harmonics of the unit vector, order m = -l … l, polar axis y, the basis
+of degree 1 is (x, y, z), so that the Wigner block of degree 1 is the rotation matrix itself.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+# Entry of a basis that lists the edges without direction: int64 (E0,); absent where there are none.
+ZERO_LENGTH = "zero_length"
+
+
+def edge_frames(relative_pos: Tensor) -> Tensor:
+    """Rotation g_e of every edge that takes the polar axis y to the direction of the edge.
+
+    For a direction n with n_y >= 0 the smallest rotation that takes y to n; otherwise the smallest rotation that takes
+    y to -n, after the half turn about x. There are no poles: every entry is finite with finite derivatives.
+
+    Args:
+        relative_pos: (E, 3) pos[dst] - pos[src], any unit of length.
+
+    Returns:
+        (E, 3, 3) rotations; zero matrices for edges of length zero, which have no direction.
+    """
+    scale = relative_pos.detach().abs().amax(dim=-1, keepdim=True)  # (E, 1) keeps squares from under- and overflow
+    zero = scale == 0
+    scaled = relative_pos / torch.where(zero, 1.0, scale)
+    square = (scaled * scaled).sum(dim=-1, keepdim=True)
+    x, y, z = (scaled / torch.where(zero, 1.0, square).sqrt()).unbind(dim=-1)
+    sign = torch.where(y.detach() >= 0, 1.0, -1.0).to(y.dtype)
+    inverse = 1 / (1 + sign * y)
+    off_diagonal = -x * z * inverse
+    rows = (
+        1 - x * x * inverse, x, sign * off_diagonal,
+        -sign * x, y, -z,
+        off_diagonal, z, sign * (1 - z * z * inverse),
+    )  # fmt: skip
+    frames = torch.stack(rows, dim=-1) * ~zero
+    return frames.unflatten(-1, (3, 3))
+
+
+@lru_cache(maxsize=None)
+def clebsch_gordan(degree_1: int, degree_2: int, degree_3: int) -> Tensor:
+    """Coupling of three degrees, float64 (2·l1+1, 2·l2+1, 2·l3+1), of norm 1 (e3nn's `o3.wigner_3j`)."""
+    from e3nn import o3  # here, because only this constant needs it and it takes seconds to import
+
+    return o3.wigner_3j(degree_1, degree_2, degree_3, dtype=torch.float64)
+
+
+@lru_cache(maxsize=None)
+def _wigner_step(degree: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Constant T with vec(D_l) = vec(vec(D_{l-1}) vec(D_1)^T) T: (9·(2l-1)², (2l+1)²)."""
+    dim = 2 * degree + 1
+    coupling = clebsch_gordan(degree - 1, 1, degree) * math.sqrt(dim)  # isometry (l-1) x 1 -> l
+    step = torch.einsum("ija,klb->ikjlab", coupling, coupling).reshape(-1, dim * dim)
+    return step.to(device=device, dtype=dtype)
+
+
+def wigner_blocks(rotations: Tensor, max_degree: int) -> dict[str, Tensor]:
+    """Wigner blocks of rotations by the recursion D_l = C (D_{l-1} ⊗ D_1) C^T, without angles.
+
+    Args:
+        rotations: (E, 3, 3), as `edge_frames` gives them.
+        max_degree: highest degree L.
+
+    Returns:
+        {'1': (E, 3, 3), …, 'L': (E, 2L+1, 2L+1)}; zero blocks where the rotation is the zero matrix.
+    """
+    blocks = {}
+    if max_degree >= 1:
+        blocks["1"] = rotations
+    flat = rotations.flatten(1)  # (E, 9)
+    previous = flat
+    for degree in range(2, max_degree + 1):
+        outer = (previous[:, :, None] * flat[:, None, :]).flatten(1)
+        previous = outer @ _wigner_step(degree, rotations.dtype, rotations.device)
+        blocks[str(degree)] = previous.unflatten(-1, (2 * degree + 1, 2 * degree + 1))
+    return blocks
+
+
+def get_basis(
+    relative_pos: Tensor,
+    max_degree: int = 4,
+    compute_gradients: bool = True,
+    use_pad_trick: bool = False,
+    amp: bool = False,
+) -> dict[str, Tensor]:
+    """What every convolution of a model needs to know of the edges; compute it once per graph, pass it as `basis`.
+
+    Args:
+        relative_pos: (E, 3) floating point, pos[dst] - pos[src].
+        max_degree: highest degree of any feature of the model.
+        compute_gradients: whether gradients flow to `relative_pos`.
+        use_pad_trick: accepted for compatibility; it changes nothing here.
+        amp: store the blocks in half precision.
+
+    Returns:
+        Wigner blocks of the edge frames (see `wigner_blocks`), and under `ZERO_LENGTH` the indices of edges of length
+        zero, if there are any.
+
+    Raises:
+        ValueError: `relative_pos` has the wrong shape or dtype, or holds NaN or infinity.
+    """
+    check_relative_pos(relative_pos)
+    with torch.autocast(relative_pos.device.type, enabled=False), torch.set_grad_enabled(
+        compute_gradients and torch.is_grad_enabled()
+    ):
+        basis = wigner_blocks(edge_frames(relative_pos), max_degree)
+    if amp:
+        basis = {degree: block.half() for degree, block in basis.items()}
+    zero_length = (relative_pos == 0).all(dim=-1).nonzero().flatten()
+    if len(zero_length):
+        basis[ZERO_LENGTH] = zero_length
+    return basis
+
+
+def check_relative_pos(relative_pos: Tensor) -> None:
+    """Raise ValueError unless relative_pos is a finite floating point tensor (E, 3)."""
+    if relative_pos.ndim != 2 or relative_pos.shape[1] != 3 or not relative_pos.is_floating_point():
+        raise ValueError(
+            "rel_pos: expected a floating point tensor (E, 3) of pos[dst] - pos[src], "
+            f"got {relative_pos.dtype} {tuple(relative_pos.shape)}"
+        )
+    finite = relative_pos.isfinite().all(dim=-1)
+    if not finite.all():
+        bad = (~finite).nonzero().flatten()
+        raise ValueError(
+            f"rel_pos: {len(bad)} of {len(relative_pos)} edges hold NaN or infinity, the first is edge {bad[0].item()} "
+            f"with {relative_pos[bad[0]].tolist()}; check the node positions"
+        )
+
+
+@lru_cache(maxsize=None)
+def frame_kernels(degree_in: int, degree_out: int) -> tuple[Tensor, Tensor]:
+    """The basis kernels Q_J Y_J of a pair of degrees in the edge frame.
+
+    Returns:
+        a, b: float64 (min(l_in, l_out)+1, F) with the free numbers a_m, b_m of K(y), see the top of this file, for
+        m = 0 … min and each of the F values J = |l_in-l_out| … l_in+l_out. b_0 is not used.
+    """
+    low = min(degree_in, degree_out)
+    a, b = [], []
+    for J in range(abs(degree_in - degree_out), degree_in + degree_out + 1):
+        polar = math.sqrt((2 * J + 1) / (4 * math.pi))  # Y_J of the polar axis: only the order 0 is not zero
+        kernel = clebsch_gordan(J, degree_in, degree_out)[J].T * polar  # (M_out, M_in)
+        orders = range(low + 1)
+        a.append(torch.stack([kernel[degree_out + m, degree_in + m] for m in orders]))
+        b.append(torch.stack([kernel[degree_out - m, degree_in + m] for m in orders]))
+    return torch.stack(a, dim=1), torch.stack(b, dim=1)

@@ -1,0 +1,7 @@
+from se3_transformer.model.layers.attention import AttentionBlockSE3, AttentionSE3
+from se3_transformer.model.layers.convolution import ConvSE3, ConvSE3FuseLevel
+from se3_transformer.model.layers.linear import LinearSE3
+from se3_transformer.model.layers.norm import NormSE3
+from se3_transformer.model.layers.pooling import GPooling
+
+__all__ = ["AttentionBlockSE3", "AttentionSE3", "ConvSE3", "ConvSE3FuseLevel", "GPooling", "LinearSE3", "NormSE3"]

@@ -1,0 +1,123 @@
+"""Equivariant attention (Fuchs et al. 2020, eqs. 10-12)."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+import torch
+
+from se3_transformer.model.fiber import Fiber, degree_to_dim
+from se3_transformer.model.graph import Graph, as_graph
+from se3_transformer.model.layers.convolution import ConvSE3, ConvSE3FuseLevel
+from se3_transformer.model.layers.linear import LinearSE3
+from se3_transformer.model.segment import gather_rows, segment_softmax, segment_sum
+
+
+class AttentionSE3(nn.Module):
+    """Multi-head attention of each node over its incoming edges; heads split the channels of every degree.
+
+    Raises:
+        ValueError: channels of some degree do not divide by the number of heads.
+    """
+
+    def __init__(self, num_heads: int, key_fiber: Fiber, value_fiber: Fiber):
+        super().__init__()
+        for name, fiber in (("key", key_fiber), ("value", value_fiber)):
+            for degree, channels in fiber:
+                if channels % num_heads:
+                    raise ValueError(
+                        f"attention: {channels} {name} channels of degree {degree} do not divide by {num_heads} heads; "
+                        "change num_heads, channels_div or the hidden channels"
+                    )
+        self.num_heads, self.key_fiber, self.value_fiber = num_heads, key_fiber, value_fiber
+
+    def forward(
+        self, value: dict[str, Tensor], key: dict[str, Tensor], query: dict[str, Tensor], graph: Graph
+    ) -> dict[str, Tensor]:
+        """Attend.
+
+        Args:
+            value: {'l': (E, C_value, 2l+1)}
+            key: {'l': (E, C_key, 2l+1)}
+            query: {'l': (N, C_key, 2l+1)}
+
+        Returns:
+            {'l': (N, C_value, 2l+1)}; 0 for nodes without incoming edges.
+        """
+        graph = as_graph(graph)
+        keys = self.key_fiber.to_attention_heads(key, self.num_heads)  # (E, heads, D_key / heads)
+        queries = self.key_fiber.to_attention_heads(query, self.num_heads)  # (N, heads, D_key / heads)
+        logits = (keys * gather_rows(queries, graph.dst)).sum(dim=-1) / self.key_fiber.num_features**0.5  # (E, heads)
+        weights = segment_softmax(logits, graph.dst, graph.num_nodes)
+        values = self.value_fiber.to_attention_heads(value, self.num_heads)  # (E, heads, D_value / heads)
+        summed = segment_sum(values * weights.unsqueeze(-1), graph.dst, graph.num_nodes)
+        sizes = [channels * degree_to_dim(degree) // self.num_heads for degree, channels in self.value_fiber]
+        return {
+            str(degree): part.reshape(graph.num_nodes, channels, degree_to_dim(degree))
+            for (degree, channels), part in zip(self.value_fiber, summed.split(sizes, dim=-1), strict=True)
+        }
+
+
+class AttentionBlockSE3(nn.Module):
+    """Keys and values from one convolution, queries from a linear map, attention, projection of concat(values, inputs).
+
+    Args:
+        fiber_in, fiber_out: fibers of input and output.
+        fiber_edge: fiber of the edge features without the distance.
+        num_heads: attention heads.
+        channels_div: values and keys have the channels of fiber_out divided by this.
+        use_layer_norm, max_degree, fuse_level, low_memory: see `ConvSE3`.
+    """
+
+    def __init__(
+        self,
+        fiber_in: Fiber,
+        fiber_out: Fiber,
+        fiber_edge: Fiber | None = None,
+        num_heads: int = 4,
+        channels_div: int = 2,
+        use_layer_norm: bool = False,
+        max_degree: int = 4,
+        fuse_level: ConvSE3FuseLevel = ConvSE3FuseLevel.FULL,
+        low_memory: bool = False,
+    ):
+        super().__init__()
+        self.fiber_in = fiber_in
+        self.value_fiber = Fiber([(degree, channels // channels_div) for degree, channels in fiber_out])
+        self.key_query_fiber = Fiber([(degree, c) for degree, c in self.value_fiber if degree in fiber_in])
+        if not self.key_query_fiber.degrees:
+            raise ValueError(f"attention: no degree of {fiber_out} in the input {fiber_in} to make queries and keys of")
+        self.attention = AttentionSE3(num_heads, self.key_query_fiber, self.value_fiber)
+        self.to_key_value = ConvSE3(
+            fiber_in,
+            self.value_fiber + self.key_query_fiber,
+            fiber_edge,
+            pool=False,
+            use_layer_norm=use_layer_norm,
+            max_degree=max_degree,
+            fuse_level=fuse_level,
+            low_memory=low_memory,
+        )
+        self.to_query = LinearSE3(fiber_in, self.key_query_fiber)
+        self.project = LinearSE3(self.value_fiber + fiber_in, fiber_out)
+
+    def forward(
+        self,
+        node_features: dict[str, Tensor],
+        edge_features: dict[str, Tensor],
+        graph: Graph,
+        basis: dict[str, Tensor],
+    ) -> dict[str, Tensor]:
+        """{'l': (N, C_in, 2l+1)} -> {'l': (N, C_out, 2l+1)}; arguments as for `ConvSE3.forward`."""
+        graph = as_graph(graph)
+        value, key = {}, {}
+        for degree, feature in self.to_key_value(node_features, edge_features, graph, basis).items():
+            value[degree] = feature[:, : self.value_fiber[degree]]
+            if degree in self.key_query_fiber:
+                key[degree] = feature[:, self.value_fiber[degree] :]
+        query = self.to_query(node_features)
+        attended = self.attention(value, key, query, graph)
+        residual = {
+            degree: torch.cat([attended[degree], node_features[degree]], dim=1) if degree in self.fiber_in else feature
+            for degree, feature in attended.items()
+        }
+        return self.project(residual)

@@ -1,0 +1,423 @@
+"""Tensor field convolution (Thomas et al. 2018; Fuchs et al. 2020, eq. 8), evaluated in edge frames.
+
+With radial weights R_J = W_J h(e) made from the last hidden layer h of the radial network, and source features rotated
+into the frame of the edge (see `se3_transformer.model.basis`), the kernel acts on each |m| separately, over all
+degrees and channels at once:
+
+    z[e, o] = sum_{i, h} W_m[o, i, h] · h[e, h] · x_m[e, i]
+
+with i over (l_in >= m, C_in) and o over (l_out >= m, C_out). W_m is a fixed invertible mixture of the rows of the last
+linear layer, so parameters mean what they mean in the dense form. Nothing of size E · C_out · C_in · F is kept: edges
+are worked on in chunks, which the backward pass computes again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from enum import Enum
+from functools import lru_cache
+from itertools import product
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from se3_transformer.model.basis import ZERO_LENGTH, frame_kernels
+from se3_transformer.model.fiber import Fiber, degree_to_dim
+from se3_transformer.model.graph import Graph, as_graph
+from se3_transformer.model.segment import gather_rows, segment_mean, segment_sum
+
+# Bytes of the intermediate of a contraction; a convolution that needs more works in chunks of edges.
+WORKSPACE_BYTES = 16 * 2**20
+
+
+class ConvSE3FuseLevel(Enum):
+    """How far a convolution may share radial networks: per pair of degrees, per output or input degree, one for all."""
+
+    FULL = 2
+    PARTIAL = 1
+    NONE = 0
+
+
+class RadialProfile(nn.Module):
+    """Radial network: edge scalars (E, edge_dim) -> radial weights (E, channels_out · channels_in · num_freq)."""
+
+    def __init__(
+        self,
+        num_freq: int,
+        channels_in: int,
+        channels_out: int,
+        edge_dim: int = 1,
+        mid_dim: int = 32,
+        use_layer_norm: bool = False,
+    ):
+        super().__init__()
+        self.num_freq, self.channels_in, self.channels_out = num_freq, channels_in, channels_out
+
+        def norm() -> list[nn.Module]:
+            return [nn.LayerNorm(mid_dim)] if use_layer_norm else []
+
+        self.net = nn.Sequential(
+            nn.Linear(edge_dim, mid_dim),
+            *norm(),
+            nn.ReLU(),
+            nn.Linear(mid_dim, mid_dim),
+            *norm(),
+            nn.ReLU(),
+            nn.Linear(mid_dim, num_freq * channels_in * channels_out, bias=False),
+        )
+
+    def hidden(self, edge_scalars: Tensor) -> Tensor:
+        """(E, edge_dim) -> (E, H) the last hidden layer."""
+        return self.net[:-1](edge_scalars)
+
+    @property
+    def last_weight(self) -> Tensor:
+        """(C_out, C_in, F, H) weight that makes the radial weights from the hidden layer."""
+        return self.net[-1].weight.unflatten(0, (self.channels_out, self.channels_in, self.num_freq))
+
+    def forward(self, edge_scalars: Tensor) -> Tensor:
+        return self.net(edge_scalars)
+
+
+class VersatileConvSE3(nn.Module):
+    """The radial network of a rectangle of degree pairs: all of `degrees_out` with all of `degrees_in`.
+
+    Args:
+        unit_scalar_kernel: the kernel of the pair (0, 0) is 1 instead of Y_0 times the coupling, as it is by
+            definition where a pair has a radial network of its own.
+    """
+
+    def __init__(
+        self,
+        degrees_in: list[int],
+        degrees_out: list[int],
+        channels_in: int,
+        channels_out: int,
+        edge_dim: int,
+        use_layer_norm: bool,
+        unit_scalar_kernel: bool = False,
+    ):
+        super().__init__()
+        self.degrees_in, self.degrees_out = tuple(degrees_in), tuple(degrees_out)
+        self.unit_scalar_kernel = unit_scalar_kernel
+        num_freq = sum(degree_to_dim(min(pair)) for pair in product(degrees_in, degrees_out))
+        self.radial_func = RadialProfile(num_freq, channels_in, channels_out, edge_dim, use_layer_norm=use_layer_norm)
+        hidden_dim = self.radial_func.net[-1].in_features
+        self.contract, self.intermediate_size = cheapest_contraction(
+            self.degrees_in, self.degrees_out, channels_in, channels_out, hidden_dim
+        )
+
+    def frame_weights(self) -> list[Tensor]:
+        """W_m of every order m = 0 … min(highest degrees): (P, N_out, N_in, H).
+
+        P = 1 for m = 0 (a_0) and 2 for m > 0 (a_m, b_m); N_out = (degrees_out >= m) · C_out, N_in likewise.
+        """
+        weight = self.radial_func.last_weight  # (C_out, C_in, F, H)
+        mixture = frame_mixture(
+            self.degrees_in, self.degrees_out, self.unit_scalar_kernel, weight.dtype, weight.device
+        )
+        mixed = mixture @ weight  # (C_out, C_in, F, H)
+        weights, start = [], 0
+        for order in range(min(max(self.degrees_in), max(self.degrees_out)) + 1):
+            outs = sum(degree >= order for degree in self.degrees_out)
+            ins = sum(degree >= order for degree in self.degrees_in)
+            parts = 1 if order == 0 else 2
+            rows = mixed[:, :, start : start + parts * outs * ins].unflatten(2, (parts, outs, ins))
+            weights.append(rows.permute(2, 3, 0, 4, 1, 5).flatten(3, 4).flatten(1, 2))  # (P, outs·C_out, ins·C_in, H)
+            start += parts * outs * ins
+        return weights
+
+    def isotropic_weight(self, degree: int) -> Tensor:
+        """(C_out, C_in, H) weight of the path J = 0 from `degree` to itself, the only one of an edge of length zero."""
+        start = 0
+        for degree_out in self.degrees_out:
+            for degree_in in self.degrees_in:
+                if degree_in == degree_out == degree:
+                    a, _ = frame_kernels(degree, degree)
+                    return self.radial_func.last_weight[:, :, start] * a[0, 0].item()
+                start += degree_to_dim(min(degree_in, degree_out))
+        raise ValueError(f"no path from degree {degree} to itself among {self.degrees_in} -> {self.degrees_out}")
+
+
+@lru_cache(maxsize=None)
+def frame_mixture(
+    degrees_in: tuple[int, ...],
+    degrees_out: tuple[int, ...],
+    unit_scalar_kernel: bool,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Tensor:
+    """Constant (F, F) matrix from radial weights, ordered (l_out, l_in, J), to kernels in the edge frame.
+
+    Its rows are ordered by (m, a or b, l_out, l_in).
+    """
+    paths, num_freq = {}, 0
+    for degree_out in degrees_out:
+        for degree_in in degrees_in:
+            size = degree_to_dim(min(degree_in, degree_out))
+            paths[degree_out, degree_in] = slice(num_freq, num_freq + size)
+            num_freq += size
+    rows = []
+    for order in range(min(max(degrees_in), max(degrees_out)) + 1):
+        for part in (0,) if order == 0 else (0, 1):
+            for (degree_out, degree_in), path in paths.items():
+                if order <= min(degree_in, degree_out):
+                    row = torch.zeros(num_freq, dtype=torch.float64)
+                    unit = unit_scalar_kernel and degree_in == degree_out == 0
+                    row[path] = 1.0 if unit else frame_kernels(degree_in, degree_out)[part][order]
+                    rows.append(row)
+    return torch.stack(rows).to(dtype=dtype, device=device)
+
+
+# Three orders of contraction of sum_{i, h} W[p, o, i, h] · hidden[e, h] · x[e, s, i] -> z[e, s, p, o].
+
+
+def outer_product_first(x: Tensor, hidden: Tensor, weight: Tensor) -> Tensor:
+    """(x ⊗ hidden) W, by way of (E, S, N_in · H)."""
+    outer = (x.unsqueeze(-1) * hidden[:, None, None]).flatten(2)
+    return torch.matmul(outer, weight.flatten(2).flatten(0, 1).T).unflatten(-1, weight.shape[:2])
+
+
+def features_first(x: Tensor, hidden: Tensor, weight: Tensor) -> Tensor:
+    """(x W) hidden, by way of (E, S, P · N_out · H)."""
+    product = torch.matmul(x, weight.permute(2, 0, 1, 3).flatten(1)).unflatten(-1, (-1, weight.shape[-1]))
+    return torch.matmul(product.flatten(1, 2), hidden.unsqueeze(-1)).view(*x.shape[:2], *weight.shape[:2])
+
+
+def radial_weights_first(x: Tensor, hidden: Tensor, weight: Tensor) -> Tensor:
+    """(hidden W) x, by way of (E, P · N_out · N_in), the radial weights of every edge."""
+    radial = torch.matmul(hidden, weight.flatten(0, 2).T).unflatten(-1, (-1, weight.shape[2]))  # (E, P·N_out, N_in)
+    return torch.matmul(radial, x.transpose(1, 2)).transpose(1, 2).unflatten(-1, weight.shape[:2])
+
+
+Contraction = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def cheapest_contraction(
+    degrees_in: tuple[int, ...], degrees_out: tuple[int, ...], channels_in: int, channels_out: int, hidden_dim: int
+) -> tuple[Contraction, int]:
+    """The order of contraction with the smallest intermediate, and its size in numbers per edge."""
+    sizes = {outer_product_first: 0, features_first: 0, radial_weights_first: 0}
+    for order in range(min(max(degrees_in), max(degrees_out)) + 1):
+        parts = 1 if order == 0 else 2
+        n_in = sum(degree >= order for degree in degrees_in) * channels_in
+        n_out = sum(degree >= order for degree in degrees_out) * channels_out
+        sizes[outer_product_first] += parts * n_in * hidden_dim
+        sizes[features_first] += parts * parts * n_out * hidden_dim
+        sizes[radial_weights_first] += parts * n_in * n_out
+    return min(sizes.items(), key=lambda item: item[1])
+
+
+class ConvSE3(nn.Module):
+    """Convolution of node features over the edges of a graph (Fuchs et al. 2020, eq. 8; design of NVIDIA's package).
+
+    Args:
+        fiber_in, fiber_out: fibers of input and output.
+        fiber_edge: fiber of the edge features, without the distance, which is always one more edge scalar. Degree 0
+            goes into the radial networks; degrees l > 0 are concatenated to the channels of the source node.
+        pool: sum over the incoming edges of each node, giving node features; otherwise edge features.
+        use_layer_norm: layer norm in the radial networks.
+        self_interaction: add a learned linear map of the receiving node's features to every incoming edge.
+        max_degree: highest degree of the network; radial networks are shared only where all degrees up to it are there.
+        fuse_level: how far radial networks may be shared.
+        allow_fused_output: accepted for compatibility; it changes nothing here.
+        low_memory: always work in small chunks of edges that the backward pass computes again.
+    """
+
+    def __init__(
+        self,
+        fiber_in: Fiber,
+        fiber_out: Fiber,
+        fiber_edge: Fiber | None = None,
+        pool: bool = True,
+        use_layer_norm: bool = True,
+        self_interaction: bool = False,
+        max_degree: int = 4,
+        fuse_level: ConvSE3FuseLevel = ConvSE3FuseLevel.FULL,
+        allow_fused_output: bool = False,
+        low_memory: bool = False,
+    ):
+        super().__init__()
+        fiber_edge = Fiber({}) if fiber_edge is None else fiber_edge
+        self.pool, self.self_interaction, self.low_memory = pool, self_interaction, low_memory
+        self.fiber_in, self.fiber_out, self.fiber_edge, self.max_degree = fiber_in, fiber_out, fiber_edge, max_degree
+        # Channels that are convolved: those of the source node, then those of the edge.
+        self.fiber_source = fiber_in + Fiber({degree: c for degree, c in fiber_edge if degree > 0})
+        if not self.fiber_source.degrees or not fiber_out.degrees:
+            raise ValueError(f"ConvSE3: nothing to convolve from {self.fiber_source} to {fiber_out}")
+
+        all_degrees = list(range(max_degree + 1))
+        same_in = len(set(self.fiber_source.channels)) == 1 and self.fiber_source.degrees == all_degrees
+        same_out = len(set(fiber_out.channels)) == 1 and fiber_out.degrees == all_degrees
+        partial = fuse_level in (ConvSE3FuseLevel.PARTIAL, ConvSE3FuseLevel.FULL)
+
+        def rectangle(degrees_in: list[int], degrees_out: list[int], **kwargs) -> VersatileConvSE3:
+            return VersatileConvSE3(
+                degrees_in,
+                degrees_out,
+                self.fiber_source[degrees_in[0]],
+                fiber_out[degrees_out[0]],
+                edge_dim=fiber_edge[0] + 1,
+                use_layer_norm=use_layer_norm,
+                **kwargs,
+            )
+
+        if fuse_level == ConvSE3FuseLevel.FULL and same_in and same_out:
+            self.used_fuse_level = ConvSE3FuseLevel.FULL
+            self.conv = rectangle(all_degrees, all_degrees)
+            self._rectangles = [self.conv]
+        elif partial and same_in:
+            self.used_fuse_level = ConvSE3FuseLevel.PARTIAL
+            self.conv_out = nn.ModuleDict({str(d): rectangle(all_degrees, [d]) for d in fiber_out.degrees})
+            self._rectangles = list(self.conv_out.values())
+        elif partial and same_out:
+            self.used_fuse_level = ConvSE3FuseLevel.PARTIAL
+            self.conv_in = nn.ModuleDict({str(d): rectangle([d], all_degrees) for d in self.fiber_source.degrees})
+            self._rectangles = list(self.conv_in.values())
+        else:
+            self.used_fuse_level = ConvSE3FuseLevel.NONE
+            pairs = product(self.fiber_source.degrees, fiber_out.degrees)
+            self.conv = nn.ModuleDict({f"{i},{o}": rectangle([i], [o], unit_scalar_kernel=True) for i, o in pairs})
+            self._rectangles = list(self.conv.values())
+
+        if self_interaction:
+            self.to_kernel_self = nn.ParameterDict(
+                {
+                    str(degree): nn.Parameter(torch.randn(channels, fiber_in[degree]) / fiber_in[degree] ** 0.5)
+                    for degree, channels in fiber_out
+                    if degree in fiber_in
+                }
+            )
+
+    def forward(
+        self, node_feats: dict[str, Tensor], edge_feats: dict[str, Tensor], graph: Graph, basis: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Convolve.
+
+        Args:
+            node_feats: {'l': (N, C_in, 2l+1)}.
+            edge_feats: {'l': (E, C_edge, 2l+1)}; '0' is (E, C_edge + 1, 1) with the distance as last channel.
+            graph: `Graph` or `dgl.DGLGraph`.
+            basis: as `get_basis` gives it.
+
+        Returns:
+            {'l': (N, C_out, 2l+1)}, or with E rows if not `pool`.
+        """
+        graph = as_graph(graph)
+        out = self._convolve(node_feats, edge_feats, graph.src, basis)
+        if ZERO_LENGTH in basis:
+            out = self._add_isotropic(out, node_feats, edge_feats, graph.src, basis[ZERO_LENGTH])
+        out = {str(degree): out[degree] for degree in self.fiber_out.degrees}
+        if self.self_interaction:
+            for degree, kernel in self.to_kernel_self.items():
+                out[degree] = out[degree] + gather_rows(kernel @ node_feats[degree], graph.dst)
+        if self.pool:
+            out = {degree: segment_sum(feature, graph.dst, graph.num_nodes) for degree, feature in out.items()}
+        return out
+
+    def _convolve(
+        self, node_feats: dict[str, Tensor], edge_feats: dict[str, Tensor], src: Tensor, basis: dict[str, Tensor]
+    ) -> dict[int, Tensor]:
+        """Messages {l: (E, C_out, 2l+1)}, in chunks of edges if their intermediates outgrow the workspace."""
+        weights = [rectangle.frame_weights() for rectangle in self._rectangles]
+        blocks = {degree: basis[str(degree)] for degree in {*self.fiber_source.degrees, *self.fiber_out.degrees} - {0}}
+
+        def messages(edges: slice) -> list[Tensor]:
+            return self._messages(
+                node_feats,
+                {degree: feature[edges] for degree, feature in edge_feats.items()},
+                src[edges],
+                {degree: block[edges] for degree, block in blocks.items()},
+                weights,
+            )
+
+        per_edge = sum(rectangle.intermediate_size for rectangle in self._rectangles) * weights[0][0].element_size()
+        chunk = max(1, WORKSPACE_BYTES // per_edge)
+        if len(src) <= chunk and not self.low_memory:
+            out = messages(slice(None))
+        else:
+            starts = range(0, len(src), chunk) or [0]
+            edges = [slice(start, start + chunk) for start in starts]
+            if torch.is_grad_enabled():
+                chunks = [checkpoint(messages, e, use_reentrant=False, preserve_rng_state=False) for e in edges]
+            else:
+                chunks = [messages(e) for e in edges]
+            out = [torch.cat(parts) for parts in zip(*chunks, strict=True)]
+        return dict(zip(self.fiber_out.degrees, out, strict=True))
+
+    def _source_features(
+        self, node_feats: dict[str, Tensor], edge_feats: dict[str, Tensor], src: Tensor
+    ) -> dict[int, Tensor]:
+        """{l: (E, C, 2l+1)} features that edges carry: those of the source node, then those of the edge."""
+        features = {}
+        for degree in self.fiber_source.degrees:
+            parts = [gather_rows(node_feats[str(degree)], src)] if degree in self.fiber_in else []
+            if degree > 0 and degree in self.fiber_edge:
+                parts.append(edge_feats[str(degree)])
+            features[degree] = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
+        return features
+
+    def _messages(
+        self,
+        node_feats: dict[str, Tensor],
+        edge_feats: dict[str, Tensor],
+        src: Tensor,
+        blocks: dict[int, Tensor],
+        weights: list[list[Tensor]],
+    ) -> list[Tensor]:
+        """Messages [(E, C_out, 2l+1)] of a chunk of edges: gather, rotate, contract order by order, rotate back."""
+        x = self._source_features(node_feats, edge_feats, src)
+        x = {degree: (f @ blocks[degree] if degree else f).unbind(-1) for degree, f in x.items()}  # 2l+1 of (E, C)
+        scalars = edge_feats["0"].squeeze(-1)
+
+        by_order: dict[tuple, Tensor] = {}  # (degrees_in, m) -> (E, S, N_in), S = 1 for m = 0, else (+m, -m)
+        z: dict[tuple[int, int], Tensor] = {}  # (l_out, ±m) -> (E, C_out)
+        for rectangle, rectangle_weights in zip(self._rectangles, weights, strict=True):
+            hidden = rectangle.radial_func.hidden(scalars)
+            for order, weight in enumerate(rectangle_weights):
+                key = (rectangle.degrees_in, order)
+                if key not in by_order:
+                    ins = [degree for degree in rectangle.degrees_in if degree >= order]
+                    signed = (order,) if order == 0 else (order, -order)
+                    parts = [x[degree][degree + m] for m in signed for degree in ins]
+                    by_order[key] = torch.cat(parts, dim=1).unflatten(1, (len(signed), -1))
+                product = rectangle.contract(by_order[key], hidden, weight)  # (E, S, P, N_out)
+                if order == 0:
+                    signed_rows = {0: product[:, 0, 0]}
+                else:
+                    ((a_plus, b_plus), (a_minus, b_minus)) = (part.unbind(1) for part in product.unbind(1))
+                    signed_rows = {order: a_plus - b_minus, -order: b_plus + a_minus}
+                outs = [degree for degree in rectangle.degrees_out if degree >= order]
+                for m, rows in signed_rows.items():
+                    for degree, part in zip(outs, rows.chunk(len(outs), dim=1), strict=True):
+                        z[degree, m] = z[degree, m] + part if (degree, m) in z else part
+
+        out = []
+        for degree, channels in self.fiber_out:
+            nothing = scalars.new_zeros(len(src), channels)
+            rows = torch.stack([z.get((degree, m), nothing) for m in range(-degree, degree + 1)], dim=-1)
+            out.append(rows @ blocks[degree].transpose(1, 2) if degree else rows)
+        return out
+
+    def _add_isotropic(
+        self,
+        out: dict[int, Tensor],
+        node_feats: dict[str, Tensor],
+        edge_feats: dict[str, Tensor],
+        src: Tensor,
+        edges: Tensor,
+    ) -> dict[int, Tensor]:
+        """Add what edges of length zero may carry: the path J = 0, from each degree l > 0 to itself.
+
+        Their Wigner blocks are zero, so that of the other paths only the one from degree 0 to degree 0 is in `out`.
+        """
+        edge_feats = {degree: gather_rows(feature, edges) for degree, feature in edge_feats.items()}
+        x = self._source_features(node_feats, edge_feats, gather_rows(src, edges))
+        for rectangle in self._rectangles:
+            hidden = rectangle.radial_func.hidden(edge_feats["0"].squeeze(-1))
+            for degree in set(rectangle.degrees_in) & set(rectangle.degrees_out) - {0}:
+                weight = rectangle.isotropic_weight(degree)
+                message = torch.einsum("oih,eh,eim->eom", weight, hidden, x[degree])
+                out[degree] = out[degree].index_add(0, edges, message)
+        return out
