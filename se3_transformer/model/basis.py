@@ -83,9 +83,10 @@ def wigner_blocks(rotations: Tensor, max_degree: int) -> dict[str, Tensor]:
         max_degree: highest degree L.
 
     Returns:
-        {'1': (E, 3, 3), …, 'L': (E, 2L+1, 2L+1)}; zero blocks where the rotation is the zero matrix.
+        {'0': (E, 1, 1), '1': (E, 3, 3), …, 'L': (E, 2L+1, 2L+1)}; where the rotation is the zero matrix, zero blocks
+        of all degrees but 0.
     """
-    blocks = {}
+    blocks = {"0": rotations.new_ones(len(rotations), 1, 1)}
     if max_degree >= 1:
         blocks["1"] = rotations
     flat = rotations.flatten(1)  # (E, 9)
@@ -166,3 +167,48 @@ def frame_kernels(degree_in: int, degree_out: int) -> tuple[Tensor, Tensor]:
         a.append(torch.stack([kernel[degree_out + m, degree_in + m] for m in orders]))
         b.append(torch.stack([kernel[degree_out - m, degree_in + m] for m in orders]))
     return torch.stack(a, dim=1), torch.stack(b, dim=1)
+
+
+def order_rows(degrees: tuple[int, ...]) -> list[int]:
+    """Where each row of `frame_matrix` lies among the rows (degree, m) ordered by degree."""
+    starts, start = {}, 0
+    for degree in degrees:
+        starts[degree] = start
+        start += 2 * degree + 1
+    return [
+        starts[degree] + degree + sign * order
+        for order in range(max(degrees) + 1)
+        for sign in ((1,) if order == 0 else (1, -1))
+        for degree in degrees
+        if degree >= order
+    ]
+
+
+def split_orders(features: Tensor, degrees: tuple[int, ...]) -> list[Tensor]:
+    """Rows in the edge frame, (E, rows, C) in the order of `frame_matrix`, by m: [(E, S, degrees >= m, C)].
+
+    S is 1 for m = 0, else 2: +m and -m.
+    """
+    sizes = [(1 if order == 0 else 2, sum(degree >= order for degree in degrees)) for order in range(max(degrees) + 1)]
+    parts = features.split([signs * count for signs, count in sizes], dim=1)
+    return [part.unflatten(1, size) for part, size in zip(parts, sizes, strict=True)]
+
+
+def frame_matrix(basis: dict[str, Tensor], degrees: tuple[int, ...]) -> Tensor:
+    """Rotation into the edge frame of features of several degrees at once, kept in `basis` for the next caller.
+
+    Returns:
+        (E, rows, columns): columns are (degree, m) ordered by degree, rows the same ordered by (|m|, sign, degree), so
+        that each |m| is a block of rows; see `split_orders`.
+    """
+    key = f"frames {degrees}"
+    if key not in basis:
+        total, start, columns = sum(2 * degree + 1 for degree in degrees), 0, []
+        for degree in degrees:
+            size = 2 * degree + 1
+            block = basis[str(degree)].transpose(1, 2)
+            columns.append(torch.nn.functional.pad(block, (start, total - start - size)))
+            start += size
+        rows = torch.tensor(order_rows(degrees), device=columns[0].device)
+        basis[key] = torch.cat(columns, dim=1).index_select(1, rows)
+    return basis[key]

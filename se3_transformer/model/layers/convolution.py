@@ -22,9 +22,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from se3_transformer.model.basis import ZERO_LENGTH, frame_kernels
+from se3_transformer.model.basis import ZERO_LENGTH, frame_kernels, frame_matrix, split_orders
 from se3_transformer.model.fiber import Fiber, degree_to_dim
 from se3_transformer.model.graph import Graph, as_graph
+from se3_transformer.model.layers.linear import mix_channels
 from se3_transformer.model.segment import gather_rows, segment_mean, segment_sum
 
 # Bytes of the intermediate of a contraction; a convolution that needs more works in chunks of edges.
@@ -109,9 +110,9 @@ class VersatileConvSE3(nn.Module):
         )
 
     def frame_weights(self) -> list[Tensor]:
-        """W_m of every order m = 0 … min(highest degrees): (P, N_out, N_in, H).
+        """W_m of every order m = 0 … min(highest degrees): strided views (P, outs, C_out, ins, C_in, H).
 
-        P = 1 for m = 0 (a_0) and 2 for m > 0 (a_m, b_m); N_out = (degrees_out >= m) · C_out, N_in likewise.
+        P = 1 for m = 0 (a_0) and 2 for m > 0 (a_m, b_m); outs and ins count the degrees >= m.
         """
         weight = self.radial_func.last_weight  # (C_out, C_in, F, H)
         mixture = frame_mixture(
@@ -124,7 +125,7 @@ class VersatileConvSE3(nn.Module):
             ins = sum(degree >= order for degree in self.degrees_in)
             parts = 1 if order == 0 else 2
             rows = mixed[:, :, start : start + parts * outs * ins].unflatten(2, (parts, outs, ins))
-            weights.append(rows.permute(2, 3, 0, 4, 1, 5).flatten(3, 4).flatten(1, 2))  # (P, outs·C_out, ins·C_in, H)
+            weights.append(rows.permute(2, 3, 0, 4, 1, 5))
             start += parts * outs * ins
         return weights
 
@@ -170,25 +171,26 @@ def frame_mixture(
     return torch.stack(rows).to(dtype=dtype, device=device)
 
 
-# Three orders of contraction of sum_{i, h} W[p, o, i, h] · hidden[e, h] · x[e, s, i] -> z[e, s, p, o].
+# Three orders of contraction of sum_{i, h} W[p, o, i, h] · hidden[e, h] · x[e, s, i] -> z[e, s, p·o], where o stands
+# for (degree, channel) out and i for (degree, channel) in; weight is (P, outs, C_out, ins, C_in, H).
 
 
 def outer_product_first(x: Tensor, hidden: Tensor, weight: Tensor) -> Tensor:
     """(x ⊗ hidden) W, by way of (E, S, N_in · H)."""
     outer = (x.unsqueeze(-1) * hidden[:, None, None]).flatten(2)
-    return torch.matmul(outer, weight.flatten(2).flatten(0, 1).T).unflatten(-1, weight.shape[:2])
+    return outer @ weight.flatten(3).flatten(0, 2).T
 
 
 def features_first(x: Tensor, hidden: Tensor, weight: Tensor) -> Tensor:
     """(x W) hidden, by way of (E, S, P · N_out · H)."""
-    product = torch.matmul(x, weight.permute(2, 0, 1, 3).flatten(1)).unflatten(-1, (-1, weight.shape[-1]))
-    return torch.matmul(product.flatten(1, 2), hidden.unsqueeze(-1)).view(*x.shape[:2], *weight.shape[:2])
+    product = (x @ weight.permute(3, 4, 0, 1, 2, 5).flatten(2).flatten(0, 1)).view(len(x), -1, weight.shape[-1])
+    return (product @ hidden.unsqueeze(-1)).view(*x.shape[:2], -1)
 
 
 def radial_weights_first(x: Tensor, hidden: Tensor, weight: Tensor) -> Tensor:
-    """(hidden W) x, by way of (E, P · N_out · N_in), the radial weights of every edge."""
-    radial = torch.matmul(hidden, weight.flatten(0, 2).T).unflatten(-1, (-1, weight.shape[2]))  # (E, P·N_out, N_in)
-    return torch.matmul(radial, x.transpose(1, 2)).transpose(1, 2).unflatten(-1, weight.shape[:2])
+    """(hidden W) x, by way of (E, N_in, P · N_out), the radial weights of every edge."""
+    radial = hidden @ weight.permute(3, 4, 0, 1, 2, 5).reshape(-1, weight.shape[-1]).T
+    return x @ radial.view(*radial.shape[:1], x.shape[2], -1)
 
 
 Contraction = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -281,6 +283,8 @@ class ConvSE3(nn.Module):
             self.conv = nn.ModuleDict({f"{i},{o}": rectangle([i], [o], unit_scalar_kernel=True) for i, o in pairs})
             self._rectangles = list(self.conv.values())
 
+        self._groups_in = self.fiber_source.groups()
+        self._groups_out = fiber_out.groups()
         if self_interaction:
             self.to_kernel_self = nn.ParameterDict(
                 {
@@ -311,7 +315,7 @@ class ConvSE3(nn.Module):
         out = {str(degree): out[degree] for degree in self.fiber_out.degrees}
         if self.self_interaction:
             for degree, kernel in self.to_kernel_self.items():
-                out[degree] = out[degree] + gather_rows(kernel @ node_feats[degree], graph.dst)
+                out[degree] = out[degree] + gather_rows(mix_channels(kernel, node_feats[degree]), graph.dst)
         if self.pool:
             out = {degree: segment_sum(feature, graph.dst, graph.num_nodes) for degree, feature in out.items()}
         return out
@@ -321,14 +325,14 @@ class ConvSE3(nn.Module):
     ) -> dict[int, Tensor]:
         """Messages {l: (E, C_out, 2l+1)}, in chunks of edges if their intermediates outgrow the workspace."""
         weights = [rectangle.frame_weights() for rectangle in self._rectangles]
-        blocks = {degree: basis[str(degree)] for degree in {*self.fiber_source.degrees, *self.fiber_out.degrees} - {0}}
+        frames = {degrees: frame_matrix(basis, degrees) for degrees in {*self._groups_in, *self._groups_out}}
 
         def messages(edges: slice) -> list[Tensor]:
             return self._messages(
                 node_feats,
                 {degree: feature[edges] for degree, feature in edge_feats.items()},
                 src[edges],
-                {degree: block[edges] for degree, block in blocks.items()},
+                {degrees: frame[edges] for degrees, frame in frames.items()},
                 weights,
             )
 
@@ -363,42 +367,44 @@ class ConvSE3(nn.Module):
         node_feats: dict[str, Tensor],
         edge_feats: dict[str, Tensor],
         src: Tensor,
-        blocks: dict[int, Tensor],
+        frames: dict[tuple[int, ...], Tensor],
         weights: list[list[Tensor]],
     ) -> list[Tensor]:
         """Messages [(E, C_out, 2l+1)] of a chunk of edges: gather, rotate, contract order by order, rotate back."""
-        x = self._source_features(node_feats, edge_feats, src)
-        x = {degree: (f @ blocks[degree] if degree else f).unbind(-1) for degree, f in x.items()}  # 2l+1 of (E, C)
-        scalars = edge_feats["0"].squeeze(-1)
+        source = self._source_features(node_feats, edge_feats, src)
+        x: dict[tuple, Tensor] = {}  # (degrees, m) -> (E, S, N_in), S = 1 for m = 0, else (+m, -m)
+        for degrees in self._groups_in:
+            rows = torch.cat([source[degree] for degree in degrees], dim=2).transpose(1, 2)  # (E, rows, C)
+            for order, by_degree in enumerate(split_orders(frames[degrees] @ rows, degrees)):  # (E, S, degrees >= m, C)
+                x[degrees, order] = by_degree.flatten(2)
+                if len(degrees) > 1:
+                    at_least = [degree for degree in degrees if degree >= order]
+                    x.update({((d,), order): part for d, part in zip(at_least, by_degree.unbind(2), strict=True)})
 
-        by_order: dict[tuple, Tensor] = {}  # (degrees_in, m) -> (E, S, N_in), S = 1 for m = 0, else (+m, -m)
-        z: dict[tuple[int, int], Tensor] = {}  # (l_out, ±m) -> (E, C_out)
+        z: dict[tuple[int, int], Tensor] = {}  # (l_out, m) -> (E, S, C_out)
+        scalars = edge_feats["0"].squeeze(-1)
         for rectangle, rectangle_weights in zip(self._rectangles, weights, strict=True):
             hidden = rectangle.radial_func.hidden(scalars)
             for order, weight in enumerate(rectangle_weights):
-                key = (rectangle.degrees_in, order)
-                if key not in by_order:
-                    ins = [degree for degree in rectangle.degrees_in if degree >= order]
-                    signed = (order,) if order == 0 else (order, -order)
-                    parts = [x[degree][degree + m] for m in signed for degree in ins]
-                    by_order[key] = torch.cat(parts, dim=1).unflatten(1, (len(signed), -1))
-                product = rectangle.contract(by_order[key], hidden, weight)  # (E, S, P, N_out)
-                if order == 0:
-                    signed_rows = {0: product[:, 0, 0]}
-                else:
-                    ((a_plus, b_plus), (a_minus, b_minus)) = (part.unbind(1) for part in product.unbind(1))
-                    signed_rows = {order: a_plus - b_minus, -order: b_plus + a_minus}
-                outs = [degree for degree in rectangle.degrees_out if degree >= order]
-                for m, rows in signed_rows.items():
-                    for degree, part in zip(outs, rows.chunk(len(outs), dim=1), strict=True):
-                        z[degree, m] = z[degree, m] + part if (degree, m) in z else part
+                product = rectangle.contract(x[rectangle.degrees_in, order], hidden, weight)
+                if order > 0:
+                    (a_plus, b_plus), (a_minus, b_minus) = (half.chunk(2, dim=1) for half in product.unbind(1))
+                    product = torch.stack([a_plus - b_minus, b_plus + a_minus], dim=1)
+                at_least = [degree for degree in rectangle.degrees_out if degree >= order]
+                for degree, part in zip(at_least, product.chunk(len(at_least), dim=2), strict=True):
+                    z[degree, order] = z[degree, order] + part if (degree, order) in z else part
 
-        out = []
-        for degree, channels in self.fiber_out:
-            nothing = scalars.new_zeros(len(src), channels)
-            rows = torch.stack([z.get((degree, m), nothing) for m in range(-degree, degree + 1)], dim=-1)
-            out.append(rows @ blocks[degree].transpose(1, 2) if degree else rows)
-        return out
+        out = {}
+        for degrees in self._groups_out:
+            nothing = scalars.new_zeros(len(src), 2, self.fiber_out[degrees[0]])
+            rows = [
+                torch.stack([z.get((degree, order), nothing) for degree in degrees if degree >= order], dim=2).flatten(1, 2)
+                for order in range(max(degrees) + 1)
+            ]
+            rotated = frames[degrees].transpose(1, 2) @ torch.cat(rows, dim=1)  # (E, rows, C)
+            parts = rotated.transpose(1, 2).split([degree_to_dim(degree) for degree in degrees], dim=2)
+            out.update(zip(degrees, parts, strict=True))
+        return [out[degree] for degree in self.fiber_out.degrees]
 
     def _add_isotropic(
         self,

@@ -8,6 +8,11 @@ from torch import Tensor, nn
 from se3_transformer.model.fiber import Fiber
 
 
+def mix_channels(weight: Tensor, feature: Tensor) -> Tensor:
+    """weight @ feature, (C_out, C_in), (N, C_in, M) -> (N, C_out, M), as one matrix product over all nodes."""
+    return (feature.transpose(1, 2) @ weight.T).transpose(1, 2)
+
+
 class LinearSE3(nn.Module):
     """Mixes the channels of each degree (Fuchs et al. 2020, eq. 12); degrees of fiber_out that fiber_in lacks are absent.
 
@@ -30,4 +35,4 @@ class LinearSE3(nn.Module):
             raise ValueError(f"LinearSE3: {fiber_in} and {fiber_out} have no degree in common")
 
     def forward(self, features: dict[str, Tensor], *args, **kwargs) -> dict[str, Tensor]:
-        return {degree: weight @ features[degree] for degree, weight in self.weights.items()}
+        return {degree: mix_channels(weight, features[degree]) for degree, weight in self.weights.items()}

@@ -1,0 +1,1 @@
+"""The experiments: network, loss and report of each, for the training scripts."""

@@ -1,0 +1,216 @@
+"""N-body: where will charged particles be, and how fast, some time from now (Fuchs et al. 2020, section 4.1)."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from dataloader.nbody import NBodyBatch, NBodyDataset
+from se3_transformer.model import Fiber, Graph, SE3Transformer
+from se3_transformer.model.basis import wigner_blocks
+
+RADIAL_RANGE = 0.05, 8.0  # distances at which the first and the last radial function peak
+EVALUATION_BATCH = 500  # graphs
+
+
+class NBodyNetwork(nn.Module):
+    """SE(3)-Transformer that predicts how far the particles move and how much their velocities change.
+
+    Nodes carry the charge (degree 0) and the velocity (degree 1). Edges carry invariants: the product of the charges,
+    alone and over the distance and its square, radial and total relative speed, Gaussians of the log distance, and
+    these times the product of the charges. What the network adds is counted from motion at constant velocity.
+
+    Args:
+        interval: time from start to target.
+        num_layers, num_degrees, num_channels, num_heads, channels_div: see `SE3Transformer`.
+        num_radial: Gaussians of the log distance.
+    """
+
+    def __init__(
+        self,
+        interval: float,
+        num_layers: int,
+        num_degrees: int,
+        num_channels: int,
+        num_heads: int,
+        channels_div: int,
+        num_radial: int,
+    ):
+        super().__init__()
+        self.interval = interval
+        self.register_buffer("centers", torch.linspace(*map(math.log, RADIAL_RANGE), num_radial), persistent=False)
+        self.transformer = SE3Transformer(
+            num_layers=num_layers,
+            fiber_in=Fiber({0: 1, 1: 1}),
+            fiber_hidden=Fiber.create(num_degrees, num_channels),
+            fiber_out=Fiber({1: 2}),
+            num_heads=num_heads,
+            channels_div=channels_div,
+            fiber_edge=Fiber({0: 5 + 2 * num_radial}),
+            tensor_cores=True,
+        )
+
+    def forward(self, batch: NBodyBatch) -> tuple[Tensor, Tensor]:
+        """Predicted displacement and change of velocity, (N, 3) each."""
+        relative_pos = batch.positions[batch.dst] - batch.positions[batch.src]  # (E, 3)
+        graph = Graph(
+            batch.src,
+            batch.dst,
+            relative_pos,
+            num_nodes=len(batch.positions),
+            batch_num_nodes=torch.full((batch.num_graphs,), batch.num_particles, device=batch.src.device),
+        )
+        node_feats = {"0": batch.charges.unsqueeze(-1), "1": batch.velocities.unsqueeze(1)}
+        edge_feats = {"0": self.edge_scalars(batch, relative_pos).unsqueeze(-1)}
+        basis = wigner_blocks(batch.rotations, self.transformer.max_degree)
+        added = self.interval * self.transformer(graph, node_feats, edge_feats, basis)["1"]  # (N, 2, 3)
+        return self.interval * batch.velocities + added[:, 0], added[:, 1]
+
+    def edge_scalars(self, batch: NBodyBatch, relative_pos: Tensor) -> Tensor:
+        """(E, 5 + 2·num_radial) invariants of every edge."""
+        distance = relative_pos.norm(dim=-1)
+        relative_velocity = batch.velocities[batch.dst] - batch.velocities[batch.src]  # (E, 3)
+        charges = (batch.charges[batch.src] * batch.charges[batch.dst]).squeeze(-1)
+        invariants = [
+            charges,
+            charges / (distance + 0.1),
+            charges / (distance.square() + 0.05),
+            (relative_velocity * relative_pos).sum(dim=-1) / (distance + 1e-4),
+            relative_velocity.norm(dim=-1),
+        ]
+        width = self.centers[1] - self.centers[0]
+        radial = (-(((distance + 0.02).log()[:, None] - self.centers) / width).square()).exp()  # (E, num_radial)
+        return torch.cat([torch.stack(invariants, dim=1), radial, radial * charges[:, None]], dim=1)
+
+
+class NBodyTask:
+    """Batches, loss and validation for the trainer (see `se3_transformer.runtime.trainer.Task`).
+
+    Args:
+        train, validation: splits of a cache.
+        batch_size: graphs in a batch.
+        seed: of the order of simulations and of the start frames; each epoch has its own.
+        position_weight: weight of the positions' mean squared error beside that of the velocities.
+        random_start: draw a random start frame for each simulation every epoch; otherwise always the first.
+    """
+
+    def __init__(
+        self,
+        train: NBodyDataset,
+        validation: NBodyDataset,
+        batch_size: int,
+        seed: int,
+        position_weight: float,
+        random_start: bool,
+    ):
+        self.train, self.validation = train, validation
+        self.batch_size, self.seed = batch_size, seed
+        self.position_weight, self.random_start = position_weight, random_start
+
+    def batches(self, epoch: int) -> list[tuple[Tensor, Tensor]]:
+        """(simulations (B,), start frames (B,)) of every batch of an epoch."""
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+        simulations = torch.randperm(len(self.train), generator=generator)
+        if self.random_start:
+            frames = self.train.random_start_frames(generator, len(simulations))
+        else:
+            frames = torch.zeros_like(simulations)
+        return list(zip(simulations.split(self.batch_size), frames.split(self.batch_size), strict=True))
+
+    def loss(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        error_x, error_v = squared_errors(model, self.train.batch(*batch))
+        return self.position_weight * error_x + error_v, {"mse_x": error_x, "mse_v": error_v}
+
+    def validate(self, model: nn.Module) -> dict[str, float]:
+        """MSE x and v, and the equivariance error; the epoch is chosen by their geometric mean."""
+        errors = evaluate(model, self.validation)
+        return errors | {
+            "selection": math.sqrt(errors["mse_x"] * errors["mse_v"]),
+            "equivariance_error": equivariance_error(model, self.validation.batch(torch.arange(min(64, len(self.validation))))),
+        }
+
+
+def squared_errors(model: nn.Module, batch: NBodyBatch) -> tuple[Tensor, Tensor]:
+    """Mean squared errors per coordinate of positions and velocities at the target."""
+    displacement, velocity_change = model(batch)
+    return (
+        (displacement - batch.displacement).square().mean(),
+        (velocity_change - batch.velocity_change).square().mean(),
+    )
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, dataset: NBodyDataset) -> dict[str, float]:
+    """MSE x and v of a model over all simulations of a validation or test split."""
+    totals = torch.zeros(2, dtype=torch.float64)
+    for simulations in torch.arange(len(dataset)).split(EVALUATION_BATCH):
+        totals += len(simulations) * torch.stack(squared_errors(model, dataset.batch(simulations))).double().cpu()
+    mse_x, mse_v = (totals / len(dataset)).tolist()
+    return {"mse_x": mse_x, "mse_v": mse_v}
+
+
+@torch.no_grad()
+def equivariance_error(model: nn.Module, batch: NBodyBatch) -> float:
+    """How much turning the input, then predicting, differs from predicting, then turning: relative, Euclidean norm."""
+    from dataclasses import replace
+
+    from se3_transformer.model.basis import edge_frames
+
+    generator = torch.Generator().manual_seed(0)
+    turn = torch.linalg.qr(torch.randn(3, 3, generator=generator, dtype=torch.float64)).Q
+    turn = (turn * turn.det()).to(batch.positions)  # a rotation: det = 1
+    positions = batch.positions @ turn.T
+    turned = replace(
+        batch,
+        positions=positions,
+        velocities=batch.velocities @ turn.T,
+        rotations=edge_frames(positions[batch.dst] - positions[batch.src]),
+    )
+    expected = torch.stack(model(batch)) @ turn.T
+    return ((torch.stack(model(turned)) - expected).norm() / expected.norm()).item()
+
+
+def plot_trajectories(model: nn.Module, dataset: NBodyDataset, interval: float, num_panels: int = 6):
+    """Figure of simulations seen along z: true paths, predicted end points, end points at constant velocity."""
+    from matplotlib.figure import Figure  # the figure is not registered with pyplot: no display, nothing to close
+
+    simulations = torch.linspace(0, len(dataset) - 1, num_panels).long()
+    batch = dataset.batch(simulations)
+    with torch.no_grad():
+        displacement, _ = model(batch)
+    n = batch.num_particles
+    start = batch.positions.view(-1, n, 3)
+    predicted = (batch.positions + displacement).view(-1, n, 3)
+    straight = (batch.positions + interval * batch.velocities).view(-1, n, 3)
+    figure = Figure(figsize=(12, 7.5), layout="constrained")
+    for panel, axes in enumerate(figure.subplots(2, (num_panels + 1) // 2).flat[:num_panels]):
+        path = dataset.positions[simulations[panel]]  # (F, n, 3)
+        for particle in range(n):
+            color = "tab:red" if batch.charges.view(-1, n)[panel, particle] > 0 else "tab:blue"
+            axes.plot(*path[:, particle, :2].T, color=color, lw=1.5)
+            axes.plot(*start[panel, particle, :2], "o", color=color, ms=6)
+            axes.plot(*straight[panel, particle, :2], "+", color="0.6", ms=9)
+            axes.plot(*predicted[panel, particle, :2], "x", color="black", ms=8, mew=1.8)
+        axes.set(title=f"simulation {simulations[panel].item()}", xlabel="x", ylabel="y", aspect="equal")
+        axes.grid(alpha=0.3)
+    handles = [
+        figure.axes[0].plot([], [], "o-", color="tab:red", label="positive: start and true path")[0],
+        figure.axes[0].plot([], [], "o-", color="tab:blue", label="negative: start and true path")[0],
+        figure.axes[0].plot([], [], "x", color="black", mew=1.8, label="predicted end")[0],
+        figure.axes[0].plot([], [], "+", color="0.6", label="end at constant velocity")[0],
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=4)
+    return figure
+
+
+def load_network(path: str | Path) -> NBodyNetwork:
+    """The trained network of a checkpoint that `train_nbody.py` wrote, ready to predict."""
+    from se3_transformer.runtime.checkpoint import load_checkpoint
+
+    content = load_checkpoint(path)
+    network = NBodyNetwork(**content["network"])
+    network.load_state_dict(content["model"])
+    return network.eval()

@@ -1,0 +1,1 @@
+"""What training scripts share: settings, the training loop, checkpoints."""

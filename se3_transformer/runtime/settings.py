@@ -1,0 +1,76 @@
+"""Settings of a script: one home for each, a default, a flag, a check; typos are refused."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+from collections.abc import Callable, Mapping, Sequence
+
+from easydict import EasyDict
+
+
+class SettingsParser(argparse.ArgumentParser):
+    """An argument parser that proposes the nearest known flag for an unknown one."""
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace=None) -> argparse.Namespace:
+        known, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            flags = [flag for action in self._actions for flag in action.option_strings]
+            near = difflib.get_close_matches(unknown[0].split("=")[0], flags, n=1)
+            self.error(f"unknown argument {unknown[0]}" + (f"; did you mean {near[0]}?" if near else ""))
+        return known
+
+
+def parse_settings(
+    defaults: Mapping[str, object],
+    presets: Mapping[str, Mapping[str, object]],
+    description: str,
+    check: Callable[[EasyDict], None],
+    args: Sequence[str] | None = None,
+) -> EasyDict:
+    """The settings of a run: defaults, overridden by those of the preset, overridden by flags of the command line.
+
+    Args:
+        defaults: every setting, with `preset` among them; the type of a default is the type of its flag.
+        presets: settings by name of preset; a preset may only name settings that are in `defaults`.
+        description: help text, the docstring of the script.
+        check: raises ValueError for values that make no sense.
+        args: command line, that of the process by default.
+
+    Exits with status 2 and a message for an unknown flag or a value that does not fit.
+    """
+    parser = SettingsParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--preset", choices=list(presets), default=defaults["preset"])
+    for key, default in defaults.items():
+        if key == "preset":
+            continue
+        kind = _parse_bool if isinstance(default, bool) else type(default)
+        parser.add_argument(
+            f"--{key}", type=kind, default=argparse.SUPPRESS, metavar=type(default).__name__, help=f"default {default}"
+        )
+    given = vars(parser.parse_args(args))
+    settings = EasyDict({**defaults, **presets[given["preset"]], **given})
+    unknown = set(settings) - set(defaults)
+    if unknown:
+        raise KeyError(f"preset {given['preset']} names unknown settings {sorted(unknown)}")
+    try:
+        check(settings)
+    except ValueError as error:
+        parser.error(str(error))
+    return settings
+
+
+def require(settings: Mapping[str, object], lowest: Mapping[str, float]) -> None:
+    """Raise ValueError unless each of the settings named is a number of at least its lowest value."""
+    for key, low in lowest.items():
+        if not low <= settings[key] < float("inf"):
+            raise ValueError(f"{key} must be at least {low}, got {settings[key]}")
+
+
+def _parse_bool(text: str) -> bool:
+    values = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+    if text.lower() not in values:
+        raise argparse.ArgumentTypeError(f"expected true or false, got {text!r}")
+    return values[text.lower()]

@@ -1,0 +1,139 @@
+"""Trains an SE(3)-Transformer on the N-body simulations that preprocess_nbody.py cached, and reports its test error.
+
+    python train_nbody.py                          # preset readme: results in data/nbody_result.json, runs/nbody
+    python train_nbody.py --preset paper           # no walls, 10 frames ahead, from the first frame
+    python train_nbody.py --seed 1 --run nbody_s1  # another seed, under another name
+    tensorboard --logdir runs
+
+Interrupted, it goes on where it was when the same command is given again; finished, it only prints its report.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from easydict import EasyDict
+
+from dataloader.cache import CacheError
+from dataloader.nbody import NBodyDataset
+from experiments.nbody import NBodyNetwork, NBodyTask, equivariance_error, evaluate, load_network, plot_trajectories
+from se3_transformer.runtime.checkpoint import CheckpointError
+from se3_transformer.runtime.settings import parse_settings, require
+from se3_transformer.runtime.trainer import NonFiniteLoss, Trainer
+
+SETTINGS = EasyDict(
+    preset="readme",  # readme: with walls, 5 frames ahead; paper: without walls, 10 frames ahead
+    data_dir="data",  # where the cache is, and where checkpoints and results go
+    name="nbody",  # the simulations: cache in data_dir/cache/name
+    run="",  # name of this run, for its files; by default that of the simulations
+    num_layers=4,  # attention blocks
+    num_degrees=4,  # degrees 0 … num_degrees-1 in the hidden layers
+    num_channels=8,  # hidden channels of each degree
+    num_heads=2,  # attention heads
+    channels_div=4,  # keys and values have num_channels / channels_div channels
+    num_radial=16,  # radial functions of the distance on each edge
+    random_start=True,  # train from random start frames; otherwise from the first
+    epochs=100,  # passes over the simulations, one start frame each
+    batch_size=128,  # simulations
+    learning_rate=1e-3,  # of Adam, at its highest
+    final_learning_rate=1e-5,  # at the end of the cosine
+    warmup_steps=100,  # steps of linear increase to the highest learning rate
+    weight_decay=0.0,  # decoupled, of matrices
+    max_grad_norm=1.0,  # gradients are clipped to this norm
+    ema_decay=0.995,  # of the moving average of weights that is validated and kept; 0: none
+    position_weight=4.0,  # of MSE x in the loss, beside 1 for MSE v
+    seed=0,  # of weights, order and start frames
+    threads=0,  # CPU threads; 0: all
+)
+PRESETS = {
+    "readme": {},
+    "paper": {"name": "nbody_paper"},
+}
+
+
+def main() -> None:
+    settings = parse_settings(SETTINGS, PRESETS, __doc__, check)
+    settings.run = settings.run or settings.name
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    data_dir = Path(settings.data_dir)
+    best_path, last_path = data_dir / f"{settings.run}_best.pt", data_dir / f"{settings.run}_last.pt"
+
+    cache_dir = data_dir / "cache" / settings.name
+    rebuild = f"python preprocess_nbody.py --preset {settings.preset} --name {settings.name} --data_dir {data_dir}"
+    train, validation, test = (NBodyDataset(cache_dir, split, rebuild=rebuild) for split in ("train", "val", "test"))
+
+    torch.manual_seed(settings.seed)
+    shape = ("num_layers", "num_degrees", "num_channels", "num_heads", "channels_div", "num_radial")
+    network_settings = {"interval": train.interval, **{key: settings[key] for key in shape}}
+    network = NBodyNetwork(**network_settings)
+    parameters = sum(p.numel() for p in network.parameters())
+    print(f"{len(train):,} simulations of {train.num_particles} particles; {parameters:,} parameters")
+
+    task = NBodyTask(
+        train, validation, settings.batch_size, settings.seed, settings.position_weight, settings.random_start
+    )
+    log_dir = Path("runs") / settings.run
+    trainer = Trainer(network, task, settings, last_path, best_path, log_dir, describe={"network": network_settings})
+    if trainer.step:
+        print(f"going on after epoch {trainer.epoch} of {settings.epochs} ({last_path})")
+    trainer.train()
+
+    report(load_network(best_path), test, trainer, settings, best_path)
+
+
+def check(settings: EasyDict) -> None:
+    """Raise ValueError for settings that make no sense."""
+    positive = "num_layers num_degrees num_channels num_heads channels_div epochs batch_size".split()
+    require(settings, {key: 1 for key in positive} | {"num_radial": 2, "seed": 0, "threads": 0, "warmup_steps": 0})
+    require(settings, {"learning_rate": 0, "final_learning_rate": 0, "weight_decay": 0, "position_weight": 0})
+    if not 0 <= settings.ema_decay < 1:
+        raise ValueError(f"ema_decay must be in [0, 1), got {settings.ema_decay}")
+
+
+def report(network: NBodyNetwork, test: NBodyDataset, trainer: Trainer, settings: EasyDict, best_path: Path) -> None:
+    """Test errors of the best epoch beside the baselines: printed, as JSON, as a figure, and to TensorBoard."""
+    errors, baselines = evaluate(network, test), test.baselines
+    symmetry = equivariance_error(network, test.batch(torch.arange(min(64, len(test)))))
+    best_epoch = min(trainer.history, key=lambda facts: facts["val_selection"])
+    result = {
+        "test": errors,
+        "baselines": baselines,
+        "equivariance_error": symmetry,
+        "best_epoch": best_epoch["epoch"],
+        "validation": {key: best_epoch[f"val_{key}"] for key in ("mse_x", "mse_v")},
+        "simulations": {"train": len(trainer.task.train), "test": len(test)},
+        "train_seconds": sum(facts["seconds"] for facts in trainer.history),
+        "settings": dict(settings),
+    }
+    result_path = best_path.with_name(f"{settings.run}_result.json")
+    result_path.write_text(json.dumps(result, indent=1) + "\n")
+    figure = plot_trajectories(network, test, network.interval)
+    figure_path = best_path.with_name(f"{settings.run}_trajectories.png")
+    figure.savefig(figure_path, dpi=110)
+    trainer.writer.add_figure("test/trajectories", figure, trainer.step)
+    for key, value in errors.items():
+        trainer.writer.add_scalar(f"test/{key}", value, trainer.step)
+    trainer.writer.close()
+
+    rows = {
+        "no change": (baselines["no_change_x"], baselines["no_change_v"]),
+        "constant velocity": (baselines["constant_velocity_x"], baselines["no_change_v"]),
+        "SE(3)-Transformer": (errors["mse_x"], errors["mse_v"]),
+    }
+    print(f"\nTest error on {len(test):,} simulations, best epoch {best_epoch['epoch']} chosen by validation")
+    print(f"{'':20}{'MSE x':>10}{'MSE v':>10}")
+    for name, (mse_x, mse_v) in rows.items():
+        print(f"{name:20}{mse_x:10.5f}{mse_v:10.4f}")
+    print(f"equivariance error {symmetry:.1e} (relative)\n")
+    print(f"weights {best_path}   result {result_path}   figure {figure_path}   curves: tensorboard --logdir runs")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (CacheError, CheckpointError, NonFiniteLoss, ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted: the same command goes on from here")
