@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from dataloader.nbody import NBodyBatch, NBodyDataset
 from se3_transformer.model import Fiber, Graph, SE3Transformer
-from se3_transformer.model.basis import wigner_blocks
+from se3_transformer.model.basis import edge_frames, wigner_blocks
 
 RADIAL_RANGE = 0.05, 8.0  # distances at which the first and the last radial function peak
 EVALUATION_BATCH = 500  # graphs
@@ -19,7 +20,8 @@ EVALUATION_BATCH = 500  # graphs
 class NBodyNetwork(nn.Module):
     """SE(3)-Transformer that predicts how far the particles move and how much their velocities change.
 
-    Nodes carry the charge (degree 0) and the velocity (degree 1). Edges carry invariants: the product of the charges,
+    Nodes carry the charge (degree 0) and the velocity: as the vector that it is (degree 1), and in higher degrees l the
+    harmonics |v| Y_l(v/|v|), so that every degree has an input channel. Edges carry invariants: the product of the charges,
     alone and over the distance and its square, radial and total relative speed, Gaussians of the log distance, and
     these times the product of the charges. What the network adds is counted from motion at constant velocity.
 
@@ -44,7 +46,7 @@ class NBodyNetwork(nn.Module):
         self.register_buffer("centers", torch.linspace(*map(math.log, RADIAL_RANGE), num_radial), persistent=False)
         self.transformer = SE3Transformer(
             num_layers=num_layers,
-            fiber_in=Fiber({0: 1, 1: 1}),
+            fiber_in=Fiber.create(num_degrees, 1),
             fiber_hidden=Fiber.create(num_degrees, num_channels),
             fiber_out=Fiber({1: 2}),
             num_heads=num_heads,
@@ -63,7 +65,11 @@ class NBodyNetwork(nn.Module):
             num_nodes=len(batch.positions),
             batch_num_nodes=torch.full((batch.num_graphs,), batch.num_particles, device=batch.src.device),
         )
-        node_feats = {"0": batch.charges.unsqueeze(-1), "1": batch.velocities.unsqueeze(1)}
+        node_feats = {"0": batch.charges.unsqueeze(-1)}
+        harmonics = wigner_blocks(edge_frames(batch.velocities), self.transformer.max_degree)
+        speed = batch.velocities.norm(dim=-1)[:, None, None]
+        for degree in range(1, self.transformer.max_degree + 1):
+            node_feats[str(degree)] = speed * harmonics[str(degree)][:, None, :, degree]  # D_l(v) of the polar axis
         edge_feats = {"0": self.edge_scalars(batch, relative_pos).unsqueeze(-1)}
         basis = wigner_blocks(batch.rotations, self.transformer.max_degree)
         added = self.interval * self.transformer(graph, node_feats, edge_feats, basis)["1"]  # (N, 2, 3)
@@ -82,7 +88,8 @@ class NBodyNetwork(nn.Module):
             relative_velocity.norm(dim=-1),
         ]
         width = self.centers[1] - self.centers[0]
-        radial = (-(((distance + 0.02).log()[:, None] - self.centers) / width).square()).exp()  # (E, num_radial)
+        exponent = -(((distance + 0.02).log()[:, None] - self.centers) / width).square()
+        radial = exponent.clamp(min=-30).exp()  # (E, num_radial); without denormal numbers, which are slow
         return torch.cat([torch.stack(invariants, dim=1), radial, radial * charges[:, None]], dim=1)
 
 
@@ -155,10 +162,6 @@ def evaluate(model: nn.Module, dataset: NBodyDataset) -> dict[str, float]:
 @torch.no_grad()
 def equivariance_error(model: nn.Module, batch: NBodyBatch) -> float:
     """How much turning the input, then predicting, differs from predicting, then turning: relative, Euclidean norm."""
-    from dataclasses import replace
-
-    from se3_transformer.model.basis import edge_frames
-
     generator = torch.Generator().manual_seed(0)
     turn = torch.linalg.qr(torch.randn(3, 3, generator=generator, dtype=torch.float64)).Q
     turn = (turn * turn.det()).to(batch.positions)  # a rotation: det = 1

@@ -65,13 +65,6 @@ class Fiber(dict):
         """Numbers in one feature: sum over degrees of channels · (2l+1)."""
         return sum(channels * degree_to_dim(degree) for degree, channels in self.structure)
 
-    def groups(self) -> list[tuple[int, ...]]:
-        """Degrees with the same number of channels, which can be worked on together."""
-        by_channels: dict[int, list[int]] = {}
-        for degree, channels in self.structure:
-            by_channels.setdefault(channels, []).append(degree)
-        return [tuple(degrees) for degrees in by_channels.values()]
-
     def __getitem__(self, degree: int | str) -> int:
         return self.get(int(degree), 0)
 

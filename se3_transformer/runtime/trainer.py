@@ -65,7 +65,7 @@ class Trainer:
         decayed = [p for p in model.parameters() if p.ndim > 1]
         others = [p for p in model.parameters() if p.ndim <= 1]
         groups = [{"params": decayed, "weight_decay": s["weight_decay"]}, {"params": others, "weight_decay": 0.0}]
-        self.optimizer = torch.optim.AdamW(groups, lr=s["learning_rate"])
+        self.optimizer = torch.optim.AdamW(groups, lr=s["learning_rate"], fused=True)
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(
             self.optimizer,
             cosine_schedule(
@@ -89,8 +89,8 @@ class Trainer:
 
     @property
     def evaluated_model(self) -> nn.Module:
-        """The network that is validated and kept: the moving average, if there is one."""
-        return self.averaged.module if self.averaged is not None else self.model
+        """The network that is validated and kept: the moving average, which begins after the warm-up, if there is one."""
+        return self.averaged.module if self.averaged is not None and self.averaged.n_averaged > 0 else self.model
 
     def train(self) -> None:
         """Train to the last epoch. Ctrl-C and a loss that is not finite save the state before they are passed on.
@@ -127,7 +127,7 @@ class Trainer:
             norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.settings["max_grad_norm"])
             self.optimizer.step()
             self.scheduler.step()
-            if self.averaged is not None:
+            if self.averaged is not None and self.step >= self.settings["warmup_steps"]:
                 self.averaged.update_parameters(self.model)
             self.step_in_epoch += 1
             for name, value in {"loss": loss, "gradient_norm": norm, **scalars}.items():

@@ -211,6 +211,14 @@ def cheapest_contraction(
     return min(sizes.items(), key=lambda item: item[1])
 
 
+def group_by_value(values: dict[int, object]) -> list[tuple[int, ...]]:
+    """The keys with equal values, together."""
+    groups: dict[object, list[int]] = {}
+    for key, value in values.items():
+        groups.setdefault(value, []).append(key)
+    return [tuple(keys) for keys in groups.values()]
+
+
 class ConvSE3(nn.Module):
     """Convolution of node features over the edges of a graph (Fuchs et al. 2020, eq. 8; design of NVIDIA's package).
 
@@ -283,8 +291,10 @@ class ConvSE3(nn.Module):
             self.conv = nn.ModuleDict({f"{i},{o}": rectangle([i], [o], unit_scalar_kernel=True) for i, o in pairs})
             self._rectangles = list(self.conv.values())
 
-        self._groups_in = self.fiber_source.groups()
-        self._groups_out = fiber_out.groups()
+        # Degrees that are gathered and rotated together: same channels, of nodes and of edges.
+        channels = {d: (fiber_in[d], fiber_edge[d] if d > 0 else 0) for d in self.fiber_source.degrees}
+        self._groups_in = group_by_value(channels)
+        self._groups_out = group_by_value(dict(fiber_out.structure))
         if self_interaction:
             self.to_kernel_self = nn.ParameterDict(
                 {
@@ -351,16 +361,20 @@ class ConvSE3(nn.Module):
         return dict(zip(self.fiber_out.degrees, out, strict=True))
 
     def _source_features(
-        self, node_feats: dict[str, Tensor], edge_feats: dict[str, Tensor], src: Tensor
-    ) -> dict[int, Tensor]:
-        """{l: (E, C, 2l+1)} features that edges carry: those of the source node, then those of the edge."""
-        features = {}
-        for degree in self.fiber_source.degrees:
-            parts = [gather_rows(node_feats[str(degree)], src)] if degree in self.fiber_in else []
-            if degree > 0 and degree in self.fiber_edge:
-                parts.append(edge_feats[str(degree)])
-            features[degree] = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
-        return features
+        self, node_feats: dict[str, Tensor], edge_feats: dict[str, Tensor], src: Tensor, degrees: tuple[int, ...]
+    ) -> Tensor:
+        """(E, rows, C) features of some degrees that edges carry: those of the source node, then those of the edge.
+
+        The rows are (degree, m); the degrees have the same number of channels.
+        """
+        parts = []
+        if degrees[0] in self.fiber_in:
+            nodes = torch.cat([node_feats[str(degree)] for degree in degrees], dim=2).transpose(1, 2)  # (N, rows, C)
+            parts.append(gather_rows(nodes, src))
+        if any(degree > 0 and degree in self.fiber_edge for degree in degrees):
+            edges = torch.cat([edge_feats[str(degree)] for degree in degrees], dim=2).transpose(1, 2)
+            parts.append(edges)
+        return torch.cat(parts, dim=2) if len(parts) > 1 else parts[0]
 
     def _messages(
         self,
@@ -371,40 +385,43 @@ class ConvSE3(nn.Module):
         weights: list[list[Tensor]],
     ) -> list[Tensor]:
         """Messages [(E, C_out, 2l+1)] of a chunk of edges: gather, rotate, contract order by order, rotate back."""
-        source = self._source_features(node_feats, edge_feats, src)
         x: dict[tuple, Tensor] = {}  # (degrees, m) -> (E, S, N_in), S = 1 for m = 0, else (+m, -m)
         for degrees in self._groups_in:
-            rows = torch.cat([source[degree] for degree in degrees], dim=2).transpose(1, 2)  # (E, rows, C)
+            rows = self._source_features(node_feats, edge_feats, src, degrees)
             for order, by_degree in enumerate(split_orders(frames[degrees] @ rows, degrees)):  # (E, S, degrees >= m, C)
                 x[degrees, order] = by_degree.flatten(2)
                 if len(degrees) > 1:
                     at_least = [degree for degree in degrees if degree >= order]
                     x.update({((d,), order): part for d, part in zip(at_least, by_degree.unbind(2), strict=True)})
 
-        z: dict[tuple[int, int], Tensor] = {}  # (l_out, m) -> (E, S, C_out)
+        z: dict[tuple, Tensor] = {}  # (degrees, m) -> (E, S, N_out)
         scalars = edge_feats["0"].squeeze(-1)
         for rectangle, rectangle_weights in zip(self._rectangles, weights, strict=True):
             hidden = rectangle.radial_func.hidden(scalars)
             for order, weight in enumerate(rectangle_weights):
                 product = rectangle.contract(x[rectangle.degrees_in, order], hidden, weight)
                 if order > 0:
-                    (a_plus, b_plus), (a_minus, b_minus) = (half.chunk(2, dim=1) for half in product.unbind(1))
-                    product = torch.stack([a_plus - b_minus, b_plus + a_minus], dim=1)
-                at_least = [degree for degree in rectangle.degrees_out if degree >= order]
-                for degree, part in zip(at_least, product.chunk(len(at_least), dim=2), strict=True):
-                    z[degree, order] = z[degree, order] + part if (degree, order) in z else part
+                    ax, bx = product.unflatten(2, (2, -1)).unbind(2)  # of +m and -m
+                    product = ax + bx.flip(1) * bx.new_tensor([[-1.0], [1.0]])
+                key = (rectangle.degrees_out, order)
+                z[key] = z[key] + product if key in z else product
 
         out = {}
         for degrees in self._groups_out:
-            nothing = scalars.new_zeros(len(src), 2, self.fiber_out[degrees[0]])
-            rows = [
-                torch.stack([z.get((degree, order), nothing) for degree in degrees if degree >= order], dim=2).flatten(1, 2)
-                for order in range(max(degrees) + 1)
-            ]
-            rotated = frames[degrees].transpose(1, 2) @ torch.cat(rows, dim=1)  # (E, rows, C)
+            rows = torch.cat([self._rows_of_order(z, degrees, order, len(src)) for order in range(max(degrees) + 1)], dim=1)
+            rotated = frames[degrees].transpose(1, 2) @ rows  # (E, rows, C)
             parts = rotated.transpose(1, 2).split([degree_to_dim(degree) for degree in degrees], dim=2)
             out.update(zip(degrees, parts, strict=True))
         return [out[degree] for degree in self.fiber_out.degrees]
+
+    def _rows_of_order(self, z: dict[tuple, Tensor], degrees: tuple[int, ...], order: int, num_edges: int) -> Tensor:
+        """(E, S · (degrees >= order), C_out) output in the edge frame, as `split_orders` would split it."""
+        channels, signs = self.fiber_out[degrees[0]], 1 if order == 0 else 2
+        if (degrees, order) in z:
+            return z[degrees, order].unflatten(2, (-1, channels)).flatten(1, 2)
+        nothing = next(iter(z.values())).new_zeros(num_edges, signs, channels)
+        by_degree = [z.get(((degree,), order), nothing) for degree in degrees if degree >= order]
+        return torch.stack(by_degree, dim=2).flatten(1, 2)
 
     def _add_isotropic(
         self,
@@ -419,11 +436,12 @@ class ConvSE3(nn.Module):
         Their Wigner blocks are zero, so that of the other paths only the one from degree 0 to degree 0 is in `out`.
         """
         edge_feats = {degree: gather_rows(feature, edges) for degree, feature in edge_feats.items()}
-        x = self._source_features(node_feats, edge_feats, gather_rows(src, edges))
+        src = gather_rows(src, edges)
         for rectangle in self._rectangles:
             hidden = rectangle.radial_func.hidden(edge_feats["0"].squeeze(-1))
             for degree in set(rectangle.degrees_in) & set(rectangle.degrees_out) - {0}:
                 weight = rectangle.isotropic_weight(degree)
-                message = torch.einsum("oih,eh,eim->eom", weight, hidden, x[degree])
+                x = self._source_features(node_feats, edge_feats, src, (degree,))
+                message = torch.einsum("oih,eh,emi->eom", weight, hidden, x)
                 out[degree] = out[degree].index_add(0, edges, message)
         return out

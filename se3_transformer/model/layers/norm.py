@@ -28,7 +28,8 @@ class NormSE3(nn.Module):
 
     def forward(self, features: dict[str, Tensor], *args, **kwargs) -> dict[str, Tensor]:
         degrees = [str(degree) for degree in self.fiber.degrees]
-        lengths = [features[degree].norm(dim=-1).clamp(min=self.NORM_CLAMP) for degree in degrees]  # (N, C)
+        squares = [features[degree].square().sum(dim=-1) for degree in degrees]  # (N, C)
+        lengths = [square.clamp(min=self.NORM_CLAMP**2).sqrt() for square in squares]
         if hasattr(self, "group_norm"):
             normed = self.group_norm(torch.cat(lengths, dim=-1)).split(self.fiber.channels, dim=-1)
         else:

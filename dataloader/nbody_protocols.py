@@ -1,0 +1,35 @@
+"""What is predicted from what: the two protocols in which N-body results are reported.
+
+NumPy only: importing this file is quick.
+"""
+
+import numpy as np
+
+LAYOUT_VERSION = 1  # of the arrays in an N-body cache: raise it with every change of what `dataloader.nbody` writes
+
+PROTOCOLS = {
+    # box_size: walls of the simulations; delta_frames: frames from start to target, 0.1 time units each;
+    # eval_start_frames: where validation and test simulations start, see `eval_start_frames`
+    "readme": {"box_size": 5.0, "delta_frames": 5, "eval_start_frames": "spread"},
+    "paper": {"box_size": 0.0, "delta_frames": 10, "eval_start_frames": "first"},
+}
+
+
+def cache_settings(protocol: str) -> dict:
+    """What the cache of a protocol depends on besides its simulations."""
+    return {"layout": LAYOUT_VERSION} | {key: PROTOCOLS[protocol][key] for key in ("delta_frames", "eval_start_frames")}
+
+
+def eval_start_frames(rule: str, num_simulations: int, num_start_frames: int) -> np.ndarray:
+    """The start frame of every validation or test simulation, int64 (S,).
+
+    Args:
+        rule: "first": 0; "spread": floor(T / S · i) for simulation i, as the authors do.
+        num_simulations: S.
+        num_start_frames: T, frames that leave room for the target.
+    """
+    if rule == "first":
+        return np.zeros(num_simulations, dtype=np.int64)
+    if rule == "spread":
+        return np.floor(num_start_frames / num_simulations * np.arange(num_simulations)).astype(np.int64)
+    raise ValueError(f"expected the rule first or spread, got {rule!r}")
