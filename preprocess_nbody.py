@@ -62,11 +62,16 @@ def main():
 def parse_settings() -> EasyDict:
     """The settings with what the command line says, checked."""
     types = {"box_size": float, "name": str}
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     for key, default in SETTINGS.items():
-        parser.add_argument(f"--{key}", type=types.get(key, type(default)), default=default,
-                            choices=list(PROTOCOLS) if key == "preset" else None)
+        parser.add_argument(
+            f"--{key}",
+            type=types.get(key, type(default)),
+            default=default,
+            choices=list(PROTOCOLS) if key == "preset" else None,
+        )
     settings = EasyDict(vars(parser.parse_args()))
     if settings.box_size is None:
         settings.box_size = PROTOCOLS[settings.preset]["box_size"]
@@ -83,8 +88,12 @@ def parse_settings() -> EasyDict:
 def find_or_simulate(split: str, data_dir: Path, cache_dir: Path, settings: EasyDict, known: dict) -> dict:
     """The record of the split's file of simulations, which is made if it is not there."""
     path = data_dir / f"{settings.name}_{split}.pkl"
-    asked = {"num_simulations": settings[f"num_{split}"], "n_balls": settings.n_balls, "box_size": settings.box_size,
-             "seed": [settings.seed, SPLITS.index(split)]}
+    asked = {
+        "num_simulations": settings[f"num_{split}"],
+        "n_balls": settings.n_balls,
+        "box_size": settings.box_size,
+        "seed": [settings.seed, SPLITS.index(split)],
+    }
     if not path.exists():
         save_simulations(path, simulate(**asked, progress=f"simulating {path}"), asked)
     record = describe_simulations(path, known.get(split))
@@ -93,8 +102,10 @@ def find_or_simulate(split: str, data_dir: Path, cache_dir: Path, settings: Easy
     elif record["simulated"] != asked:
         differing = [key for key in asked if record["simulated"].get(key) != asked[key]]
         came, wanted = ([f"{key} {values.get(key)}" for key in differing] for values in (record["simulated"], asked))
-        raise ValueError(f"{path} was simulated with {', '.join(came)}, asked for is {', '.join(wanted)}. "
-                         "Give the new simulations another --name, or delete this file")
+        raise ValueError(
+            f"{path} was simulated with {', '.join(came)}, asked for is {', '.join(wanted)}. "
+            "Give the new simulations another --name, or delete this file"
+        )
     return record | {"path": os.path.relpath(path, cache_dir)}
 
 
@@ -122,20 +133,28 @@ def write_cache(cache_dir: Path, data_dir: Path, sources: dict, settings: EasyDi
 
 def report(cache: Cache, data_dir: Path, settings: EasyDict, seconds: float):
     """Print what is there now."""
-    print("\n        simulations   graphs      file     cache   no change: MSE x, v   constant velocity: MSE x   "
-          "energy: first, last frame, kept")
+    print(
+        "\n        simulations   graphs      file     cache   no change: MSE x, v   constant velocity: MSE x   "
+        "energy: first, last frame, kept"
+    )
     for split, source in cache.sources.items():
         errors, energy = cache.info["baselines"][split], cache.info["energy"][split]
         size = sum(array.nbytes for name, array in cache.arrays.items() if name.startswith(split))
-        print(f"{split:6} {len(cache.arrays[f'{split}_charges']):12,} {len(cache.arrays[f'{split}_rotations']):8,} "
-              f"{source['bytes'] / 1e6:6.1f} MB {size / 1e6:6.1f} MB   "
-              f"{errors['no_change_x']:10.4f} {errors['no_change_v']:8.4f}   {errors['constant_velocity_x']:24.4f}   "
-              f"{energy['first']:14.3f} {energy['last']:10.3f} {energy['kept']:5.0%}")
-    print(f"\n{cache.info['num_particles']} particles; the target is {cache.info['interval']:.3g} time units ahead.\n"
-          "Energy: mean over simulations, and the share in which it changed by less than 0.01; it changes\n"
-          "where particles meet so closely that the force is clipped.")
-    print(f"Simulations: {data_dir / settings.name}_*.pkl. Cache: {cache.directory}, {cache.num_bytes / 1e6:.1f} MB. "
-          f"Time: {seconds:.1f} s.")
+        print(
+            f"{split:6} {len(cache.arrays[f'{split}_charges']):12,} {len(cache.arrays[f'{split}_rotations']):8,} "
+            f"{source['bytes'] / 1e6:6.1f} MB {size / 1e6:6.1f} MB   "
+            f"{errors['no_change_x']:10.4f} {errors['no_change_v']:8.4f}   {errors['constant_velocity_x']:24.4f}   "
+            f"{energy['first']:14.3f} {energy['last']:10.3f} {energy['kept']:5.0%}"
+        )
+    print(
+        f"\n{cache.info['num_particles']} particles; the target is {cache.info['interval']:.3g} time units ahead.\n"
+        "Energy: mean over simulations, and the share in which it changed by less than 0.01; it changes\n"
+        "where particles meet so closely that the force is clipped."
+    )
+    print(
+        f"Simulations: {data_dir / settings.name}_*.pkl. Cache: {cache.directory}, {cache.num_bytes / 1e6:.1f} MB. "
+        f"Time: {seconds:.1f} s."
+    )
 
 
 if __name__ == "__main__":

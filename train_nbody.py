@@ -17,6 +17,7 @@ from easydict import EasyDict
 
 from dataloader.cache import CacheError
 from dataloader.nbody import NBodyDataset
+from dataloader.nbody_protocols import cache_settings
 from experiments.nbody import NBodyNetwork, NBodyTask, equivariance_error, evaluate, load_network, plot_trajectories
 from se3_transformer.runtime.checkpoint import CheckpointError
 from se3_transformer.runtime.settings import parse_settings, require
@@ -26,6 +27,7 @@ SETTINGS = EasyDict(
     preset="readme",  # readme: with walls, 5 frames ahead; paper: without walls, 10 frames ahead
     data_dir="data",  # where the cache is, and where checkpoints and results go
     name="nbody",  # the simulations: cache in data_dir/cache/name
+    box_size=5.0,  # reflecting walls of the simulations, at ±box_size on each axis; 0: none
     run="",  # name of this run, for its files; by default that of the simulations
     num_layers=4,  # attention blocks
     num_degrees=4,  # degrees 0 … num_degrees-1 in the hidden layers
@@ -48,7 +50,7 @@ SETTINGS = EasyDict(
 )
 PRESETS = {
     "readme": {},
-    "paper": {"name": "nbody_paper"},
+    "paper": {"name": "nbody_paper", "box_size": 0.0},
 }
 
 
@@ -62,10 +64,13 @@ def main() -> None:
 
     cache_dir = data_dir / "cache" / settings.name
     rebuild = f"python preprocess_nbody.py --preset {settings.preset} --name {settings.name} --data_dir {data_dir}"
-    train, validation, test = (NBodyDataset(cache_dir, split, rebuild=rebuild) for split in ("train", "val", "test"))
+    train, validation, test = (
+        NBodyDataset(cache_dir, split, cache_settings(settings.preset), rebuild=rebuild)
+        for split in ("train", "val", "test")
+    )
 
     torch.manual_seed(settings.seed)
-    shape = ("num_layers", "num_degrees", "num_channels", "num_heads", "channels_div", "num_radial")
+    shape = ("box_size", "num_layers", "num_degrees", "num_channels", "num_heads", "channels_div", "num_radial")
     network_settings = {"interval": train.interval, **{key: settings[key] for key in shape}}
     network = NBodyNetwork(**network_settings)
     parameters = sum(p.numel() for p in network.parameters())
@@ -86,7 +91,8 @@ def main() -> None:
 def check(settings: EasyDict) -> None:
     """Raise ValueError for settings that make no sense."""
     positive = "num_layers num_degrees num_channels num_heads channels_div epochs batch_size".split()
-    require(settings, {key: 1 for key in positive} | {"num_radial": 2, "seed": 0, "threads": 0, "warmup_steps": 0})
+    require(settings, dict.fromkeys(positive, 1) | {"num_radial": 2, "seed": 0, "threads": 0})
+    require(settings, {"box_size": 0, "warmup_steps": 0})
     require(settings, {"learning_rate": 0, "final_learning_rate": 0, "weight_decay": 0, "position_weight": 0})
     if not 0 <= settings.ema_decay < 1:
         raise ValueError(f"ema_decay must be in [0, 1), got {settings.ema_decay}")

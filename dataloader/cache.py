@@ -107,10 +107,19 @@ class CacheWriter:
         for name, array in self._arrays.items():
             array.flush()
             path = self._building / f"{name}.npy"
-            entries[name] = {"shape": list(array.shape), "dtype": array.dtype.str, "bytes": path.stat().st_size,
-                             "crc32": _crc32(path)}
-        manifest = {"format": FORMAT_VERSION, "settings": self._settings, "sources": self._sources, "info": self.info,
-                    "arrays": entries}
+            entries[name] = {
+                "shape": list(array.shape),
+                "dtype": array.dtype.str,
+                "bytes": path.stat().st_size,
+                "crc32": _crc32(path),
+            }
+        manifest = {
+            "format": FORMAT_VERSION,
+            "settings": self._settings,
+            "sources": self._sources,
+            "info": self.info,
+            "arrays": entries,
+        }
         manifest["checksum"] = _checksum(manifest)
         write_file(self._building / MANIFEST, lambda file: file.write(json.dumps(manifest, indent=1).encode()))
         if self.directory.exists():
@@ -158,8 +167,12 @@ def open_cache(
         raise CacheError(path, "JSON", error, rebuild) from None
     require(isinstance(manifest, dict) and "format" in manifest, path, "a manifest with a format version", "other JSON")
     require(manifest["format"] == FORMAT_VERSION, path, f"format version {FORMAT_VERSION}", manifest["format"])
-    require(manifest.pop("checksum", None) == _checksum(manifest), path, "the checksum of its content",
-            "another one: the file was changed or damaged")
+    require(
+        manifest.pop("checksum", None) == _checksum(manifest),
+        path,
+        "the checksum of its content",
+        "another one: the file was changed or damaged",
+    )
     for key, value in _as_json(settings or {}).items():
         came = manifest["settings"].get(key, "no such setting")
         require(came == value, path, f"{key} = {value!r}", repr(came))
@@ -181,8 +194,12 @@ def open_cache(
             raise CacheError(path, "an .npy file", error, rebuild) from None
         require(array.dtype.str == entry["dtype"], path, f"dtype {entry['dtype']}", array.dtype.str)
         require(list(array.shape) == entry["shape"], path, f"shape {entry['shape']}", list(array.shape))
-        require(not verify or _crc32(path) == entry["crc32"], path, "the checksum recorded in the manifest",
-                "another one: the file was changed or damaged")
+        require(
+            not verify or _crc32(path) == entry["crc32"],
+            path,
+            "the checksum recorded in the manifest",
+            "another one: the file was changed or damaged",
+        )
         arrays[name] = array
     return Cache(directory, manifest["settings"], manifest["sources"], manifest["info"], arrays)
 

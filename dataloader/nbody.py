@@ -58,8 +58,14 @@ class NBodyDataset:
         KeyError: there is no such split.
     """
 
-    def __init__(self, cache_dir: str | Path, split: str, settings: dict | None = None, device="cpu",
-                 rebuild: str = "python preprocess_nbody.py"):
+    def __init__(
+        self,
+        cache_dir: str | Path,
+        split: str,
+        settings: dict | None = None,
+        device="cpu",
+        rebuild: str = "python preprocess_nbody.py",
+    ):
         cache = open_cache(cache_dir, rebuild, {"layout": LAYOUT_VERSION} | (settings or {}))
         if split not in cache.sources:
             raise KeyError(f"{cache_dir}: expected one of the splits {', '.join(cache.sources)}, got {split!r}")
@@ -69,8 +75,11 @@ class NBodyDataset:
         self.interval: float = cache.info["interval"]  # simulated time from start to target
         self.split = split
         prefix = f"{split}_"
-        array = {name.removeprefix(prefix): torch.from_numpy(values).to(device)
-                 for name, values in cache.arrays.items() if name.startswith(prefix)}
+        array = {
+            name.removeprefix(prefix): torch.from_numpy(values).to(device)
+            for name, values in cache.arrays.items()
+            if name.startswith(prefix)
+        }
         # (S, F, n, 3) all frames; validation and test: F = delta_frames + 1, from the start to the target frame
         self.positions, self.velocities = array["positions"], array["velocities"]
         self.charges = array["charges"]  # (S, n)
@@ -101,13 +110,16 @@ class NBodyDataset:
             ValueError: start frames are missing or not wanted, or of another shape than `simulations`.
         """
         if (start_frames is None) == (self.split == "train"):
-            raise ValueError("start_frames: expected for the split train and no other, "
-                             f"got {start_frames} for {self.split}")
+            raise ValueError(
+                f"start_frames: expected for the split train and no other, got {start_frames} for {self.split}"
+            )
         if start_frames is None:
             start_frames = torch.zeros_like(simulations)
         if simulations.ndim != 1 or start_frames.shape != simulations.shape:
-            raise ValueError("expected simulations (B,) and start_frames (B,), got "
-                             f"{tuple(simulations.shape)} and {tuple(start_frames.shape)}")
+            raise ValueError(
+                "expected simulations (B,) and start_frames (B,), got "
+                f"{tuple(simulations.shape)} and {tuple(start_frames.shape)}"
+            )
         _check_range("simulations", simulations, len(self))
         _check_range("start_frames", start_frames, self.num_start_frames)
 
@@ -126,7 +138,10 @@ class NBodyDataset:
             displacement=(positions[target] - x).flatten(0, 1),
             velocity_change=(velocities[target] - v).flatten(0, 1),
             rotations=self.rotations[simulations * self.num_start_frames + start_frames].flatten(0, 1),
-            src=src, dst=dst, num_graphs=B, num_particles=n,
+            src=src,
+            dst=dst,
+            num_graphs=B,
+            num_particles=n,
         )
 
 
@@ -181,7 +196,7 @@ def add_split(writer: CacheWriter, split: str, data: dict, delta_frames: int, st
         velocities[block] = data["vel"][rows].swapaxes(2, 3)
         start = torch.from_numpy(positions[block, :T]).flatten(0, 1)  # (B·T, n, 3)
         relative = (start[:, dst] - start[:, src]).flatten(0, 1)  # (B·T·E, 3)
-        rotations[begin * T:(begin + BLOCK) * T] = edge_frames(relative).unflatten(0, (-1, num_edges)).numpy()
+        rotations[begin * T : (begin + BLOCK) * T] = edge_frames(relative).unflatten(0, (-1, num_edges)).numpy()
         x, v = positions[block], velocities[block]
         errors.append(baseline_errors(x[:, :T], v[:, :T], x[:, -T:], v[:, -T:], interval, axis=(1, 2, 3)))
         ends = [data[key][block][:, [0, -1]] for key in ("points", "vel")]
@@ -206,8 +221,11 @@ def baseline_errors(x, v, x_target, v_target, interval: float, axis=None) -> dic
     Returns:
         `no_change_x` and `no_change_v`: nothing changes; `constant_velocity_x`: the target is x + interval·v.
     """
-    predictions = {"no_change_x": x - x_target, "no_change_v": v - v_target,
-                   "constant_velocity_x": x + interval * v - x_target}
+    predictions = {
+        "no_change_x": x - x_target,
+        "no_change_v": v - v_target,
+        "constant_velocity_x": x + interval * v - x_target,
+    }
     return {key: np.square(error).mean(axis, dtype=np.float64) for key, error in predictions.items()}
 
 

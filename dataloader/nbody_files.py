@@ -56,8 +56,9 @@ def describe_simulations(path: str | Path, known: dict | None = None) -> dict:
     except FileNotFoundError:
         return fingerprint(path, known) | {"simulated": None}
     except (ValueError, KeyError, TypeError):
-        raise ValueError(f"{_note_path(path)}: expected the note on how {path.name} was simulated, got a damaged file; "
-                         "delete both") from None
+        raise ValueError(
+            f"{_note_path(path)}: expected the note on how {path.name} was simulated, got a damaged file; delete both"
+        ) from None
     present = fingerprint(path, ours)
     return present | {"simulated": simulated if same_content(present, ours) else None}
 
@@ -77,8 +78,9 @@ def load_simulations(path: str | Path) -> dict:
         except pickle.UnpicklingError as error:
             raise ValueError(f"{path}: {error}") from None
         except Exception as error:  # a damaged pickle may raise anything
-            raise ValueError(f"{path}: expected a pickle, got a damaged or foreign file "
-                             f"({type(error).__name__}: {error})") from error
+            raise ValueError(
+                f"{path}: expected a pickle, got a damaged or foreign file ({type(error).__name__}: {error})"
+            ) from error
     try:
         return _checked(data)
     except ValueError as error:
@@ -93,8 +95,9 @@ def _checked(data) -> dict:
     """The entries of `LAYOUT`, after checking all of them."""
     missing = [key for key in LAYOUT if key not in data] if isinstance(data, dict) else LAYOUT
     if missing:
-        raise ValueError(f"expected a dict with the keys {', '.join(LAYOUT)}, "
-                         f"got {type(data).__name__} without {', '.join(missing)}")
+        raise ValueError(
+            f"expected a dict with the keys {', '.join(LAYOUT)}, got {type(data).__name__} without {', '.join(missing)}"
+        )
     sizes = {"1": 1, "3": 3}
     for key, axes in LAYOUT.items():
         value = data[key]
@@ -103,14 +106,17 @@ def _checked(data) -> dict:
         shape = np.shape(value)
         expected = tuple(sizes.get(axis, axis) for axis in axes)
         if len(shape) != len(axes) or any(size != sizes.setdefault(axis, size) for axis, size in zip(axes, shape)):
-            raise ValueError(f"{key}: expected shape ({', '.join(map(str, expected))}), got {shape}; "
-                             "S simulations, F frames, n particles")
+            raise ValueError(
+                f"{key}: expected shape ({', '.join(map(str, expected))}), got {shape}; "
+                "S simulations, F frames, n particles"
+            )
         if not np.isfinite(value).all():
             first = tuple(np.argwhere(~np.isfinite(value))[0].tolist())
             raise ValueError(f"{key}: expected finite numbers, got {np.asarray(value)[first]} at {first}")
     if sizes["S"] < 1 or sizes["F"] < 2 or sizes["n"] < 2:
-        raise ValueError("points: expected at least 1 simulation, 2 frames and 2 particles, got shape "
-                         f"{data['points'].shape}")
+        raise ValueError(
+            f"points: expected at least 1 simulation, 2 frames and 2 particles, got shape {data['points'].shape}"
+        )
     if data["delta_T"] <= 0 or data["sample_freq"] <= 0:
         raise ValueError(f"expected delta_T and sample_freq above 0, got {data['delta_T']} and {data['sample_freq']}")
     if not np.allclose(data["edges"], data["charges"] * data["charges"].swapaxes(1, 2)):

@@ -50,8 +50,10 @@ def simulate(
         ValueError: an argument is out of range.
     """
     if num_simulations < 1 or n_balls < 2 or not 0 <= box_size < np.inf:
-        raise ValueError("expected num_simulations ≥ 1, n_balls ≥ 2 and a finite box_size ≥ 0, "
-                         f"got {num_simulations}, {n_balls} and {box_size}")
+        raise ValueError(
+            "expected num_simulations ≥ 1, n_balls ≥ 2 and a finite box_size ≥ 0, "
+            f"got {num_simulations}, {n_balls} and {box_size}"
+        )
     points, velocities, charges = _initial_state(num_simulations, n_balls, seed)
     shapes = {"points": (NUM_FRAMES, 3, n_balls), "vel": (NUM_FRAMES, 3, n_balls), "clamp": (NUM_FRAMES, n_balls)}
     data = {key: np.empty((num_simulations, *shape)) for key, shape in shapes.items()}
@@ -70,8 +72,11 @@ def simulate(
     return data | {
         "charges": charges[:, :, None],
         "edges": charges[:, :, None] * charges[:, None, :],
-        "E": (kinetic + potential).mean(0), "U": potential.mean(0), "K": kinetic.mean(0),
-        "delta_T": DELTA_T, "sample_freq": SAMPLE_FREQ,
+        "E": (kinetic + potential).mean(0),
+        "U": potential.mean(0),
+        "K": kinetic.mean(0),
+        "delta_T": DELTA_T,
+        "sample_freq": SAMPLE_FREQ,
     }
 
 
@@ -171,7 +176,7 @@ class _Forces:
         n, pair_force, squares, cube, total = x.shape[1], self.pair_force, self.squares, self.cube, self.total
         start = 0
         for i in range(n - 1):
-            np.subtract(x[:, i, None], x[:, i + 1:], out=pair_force[:, start:start + n - 1 - i])
+            np.subtract(x[:, i, None], x[:, i + 1 :], out=pair_force[:, start : start + n - 1 - i])
             start += n - 1 - i
         np.multiply(pair_force, pair_force, out=squares)
         np.add(squares[0], squares[1], out=cube)

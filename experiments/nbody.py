@@ -20,13 +20,18 @@ EVALUATION_BATCH = 500  # graphs
 class NBodyNetwork(nn.Module):
     """SE(3)-Transformer that predicts how far the particles move and how much their velocities change.
 
-    Nodes carry the charge (degree 0) and the velocity: as the vector that it is (degree 1), and in higher degrees l the
-    harmonics |v| Y_l(v/|v|), so that every degree has an input channel. Edges carry invariants: the product of the charges,
-    alone and over the distance and its square, radial and total relative speed, Gaussians of the log distance, and
-    these times the product of the charges. What the network adds is counted from motion at constant velocity.
+    Nodes carry the charge (degree 0) and the velocity: as the vector that it is (degree 1), and in higher degrees l
+    the harmonics |v| Y_l(v/|v|), so that every degree has an input channel. Edges carry invariants: the product of the
+    charges, alone and over the distance and its square, radial and total relative speed, Gaussians of the log distance,
+    and these times the product of the charges. What the network adds is counted from motion at constant velocity.
+
+    Walls are a boundary condition, not something to learn: the transformer, which knows of no absolute position,
+    predicts the motion in free space, and the path is then folded back at the walls, exact for a path that is straight
+    when it meets them.
 
     Args:
         interval: time from start to target.
+        box_size: reflecting walls at ±box_size on each axis; 0: none.
         num_layers, num_degrees, num_channels, num_heads, channels_div: see `SE3Transformer`.
         num_radial: Gaussians of the log distance.
     """
@@ -34,6 +39,7 @@ class NBodyNetwork(nn.Module):
     def __init__(
         self,
         interval: float,
+        box_size: float,
         num_layers: int,
         num_degrees: int,
         num_channels: int,
@@ -42,7 +48,7 @@ class NBodyNetwork(nn.Module):
         num_radial: int,
     ):
         super().__init__()
-        self.interval = interval
+        self.interval, self.box_size = interval, box_size
         self.register_buffer("centers", torch.linspace(*map(math.log, RADIAL_RANGE), num_radial), persistent=False)
         self.transformer = SE3Transformer(
             num_layers=num_layers,
@@ -57,6 +63,14 @@ class NBodyNetwork(nn.Module):
 
     def forward(self, batch: NBodyBatch) -> tuple[Tensor, Tensor]:
         """Predicted displacement and change of velocity, (N, 3) each."""
+        displacement, velocity_change = self.free_motion(batch)
+        if not self.box_size:
+            return displacement, velocity_change
+        end, sign = reflect(batch.positions + displacement, self.box_size)
+        return end - batch.positions, sign * (batch.velocities + velocity_change) - batch.velocities
+
+    def free_motion(self, batch: NBodyBatch) -> tuple[Tensor, Tensor]:
+        """Displacement and change of velocity as if there were no walls, (N, 3) each; these are equivariant."""
         relative_pos = batch.positions[batch.dst] - batch.positions[batch.src]  # (E, 3)
         graph = Graph(
             batch.src,
@@ -91,6 +105,14 @@ class NBodyNetwork(nn.Module):
         exponent = -(((distance + 0.02).log()[:, None] - self.centers) / width).square()
         radial = exponent.clamp(min=-30).exp()  # (E, num_radial); without denormal numbers, which are slow
         return torch.cat([torch.stack(invariants, dim=1), radial, radial * charges[:, None]], dim=1)
+
+
+def reflect(positions: Tensor, box_size: float) -> tuple[Tensor, Tensor]:
+    """Where paths that lead to `positions` end if walls at ±box_size reflect them, and ±1, the sign of their motion."""
+    period = 4 * box_size
+    beyond = torch.remainder(positions + box_size, period)  # 0 … 2b on the way up, 2b … 4b on the way down
+    down = beyond > period / 2
+    return torch.where(down, period - beyond, beyond) - box_size, torch.where(down, -1.0, 1.0).to(positions)
 
 
 class NBodyTask:
@@ -136,7 +158,9 @@ class NBodyTask:
         errors = evaluate(model, self.validation)
         return errors | {
             "selection": math.sqrt(errors["mse_x"] * errors["mse_v"]),
-            "equivariance_error": equivariance_error(model, self.validation.batch(torch.arange(min(64, len(self.validation))))),
+            "equivariance_error": equivariance_error(
+                model, self.validation.batch(torch.arange(min(64, len(self.validation))))
+            ),
         }
 
 
@@ -161,7 +185,10 @@ def evaluate(model: nn.Module, dataset: NBodyDataset) -> dict[str, float]:
 
 @torch.no_grad()
 def equivariance_error(model: nn.Module, batch: NBodyBatch) -> float:
-    """How much turning the input, then predicting, differs from predicting, then turning: relative, Euclidean norm."""
+    """How much turning the input, then predicting, differs from predicting, then turning: relative, Euclidean norm.
+
+    Measured on the motion in free space, since walls do not turn.
+    """
     generator = torch.Generator().manual_seed(0)
     turn = torch.linalg.qr(torch.randn(3, 3, generator=generator, dtype=torch.float64)).Q
     turn = (turn * turn.det()).to(batch.positions)  # a rotation: det = 1
@@ -172,8 +199,8 @@ def equivariance_error(model: nn.Module, batch: NBodyBatch) -> float:
         velocities=batch.velocities @ turn.T,
         rotations=edge_frames(positions[batch.dst] - positions[batch.src]),
     )
-    expected = torch.stack(model(batch)) @ turn.T
-    return ((torch.stack(model(turned)) - expected).norm() / expected.norm()).item()
+    expected = torch.stack(model.free_motion(batch)) @ turn.T
+    return ((torch.stack(model.free_motion(turned)) - expected).norm() / expected.norm()).item()
 
 
 def plot_trajectories(model: nn.Module, dataset: NBodyDataset, interval: float, num_panels: int = 6):

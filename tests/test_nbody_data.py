@@ -113,8 +113,18 @@ def test_statistics_are_those_of_the_authors(many):
 def test_layout(many):
     data, _ = many
     shapes = {key: np.shape(value) for key, value in data.items()}
-    assert shapes == {"points": (300, 49, 3, 5), "vel": (300, 49, 3, 5), "charges": (300, 5, 1), "edges": (300, 5, 5),
-                      "clamp": (300, 49, 5), "E": (49,), "U": (49,), "K": (49,), "delta_T": (), "sample_freq": ()}
+    assert shapes == {
+        "points": (300, 49, 3, 5),
+        "vel": (300, 49, 3, 5),
+        "charges": (300, 5, 1),
+        "edges": (300, 5, 5),
+        "clamp": (300, 49, 5),
+        "E": (49,),
+        "U": (49,),
+        "K": (49,),
+        "delta_T": (),
+        "sample_freq": (),
+    }
     assert all(value.dtype == np.float64 for value in data.values() if isinstance(value, np.ndarray))
     assert (data["delta_T"], data["sample_freq"]) == (0.001, 100)
     q = data["charges"]
@@ -197,7 +207,7 @@ def test_files_of_any_numpy_and_protocol(tmp_path, protocol, numpy_core):
     data["points"] = np.asfortranarray(data["points"])
     content = pickle.dumps(data, protocol)
     for frame in reversed([position for code, _, position in pickletools.genops(content) if code.name == "FRAME"]):
-        content = content[:frame] + content[frame + 9:]  # a frame states its length, which changes below
+        content = content[:frame] + content[frame + 9 :]  # a frame states its length, which changes below
     for core in (b"numpy._core", b"numpy.core"):
         for module in (b".multiarray", b".numeric"):
             old, new = core + module, numpy_core + module
@@ -441,8 +451,11 @@ def test_wrong_caches_are_refused(data_dir, tmp_path):
 def test_baselines(data_dir, preset):
     dataset, _ = open_split(data_dir, preset, "train")
     batch = dataset.batch(*rows(dataset, preset)[2])
-    errors = {"no_change_x": batch.displacement, "no_change_v": batch.velocity_change,
-              "constant_velocity_x": batch.displacement - dataset.interval * batch.velocities}
+    errors = {
+        "no_change_x": batch.displacement,
+        "no_change_v": batch.velocity_change,
+        "constant_velocity_x": batch.displacement - dataset.interval * batch.velocities,
+    }
     assert dataset.baselines == pytest.approx({key: error.square().mean().item() for key, error in errors.items()})
 
 
@@ -480,8 +493,9 @@ def test_own_files_are_taken(tmp_path, capsys):
     assert before.items() <= contents(tmp_path).items(), "a user's file was touched"
     dataset = NBodyDataset(tmp_path / "cache" / "own", "train", cache_settings("readme"))
     assert (len(dataset), dataset.num_start_frames, dataset.num_particles) == (2, 7, 4)
-    np.testing.assert_array_equal(dataset.batch(torch.tensor([1]), torch.tensor([6])).positions,
-                                  made_up(S=2)["points"][1, 6].T.astype(np.float32))
+    np.testing.assert_array_equal(
+        dataset.batch(torch.tensor([1]), torch.tensor([6])).positions, made_up(S=2)["points"][1, 6].T.astype(np.float32)
+    )
     preprocess(tmp_path, "--name=own")
     assert "Nothing has changed" in capsys.readouterr().out
 
@@ -508,8 +522,11 @@ def test_own_files_must_fit(tmp_path):
 
 def test_our_files_are_not_overwritten(data_dir):
     before = contents(data_dir)
-    with pytest.raises(ValueError, match=r"nbody_train\.pkl was simulated with seed \[0, 0\], asked for is seed "
-                                         r"\[1, 0\]\. Give the new simulations another --name, or delete this file"):
+    with pytest.raises(
+        ValueError,
+        match=r"nbody_train\.pkl was simulated with seed \[0, 0\], asked for is seed "
+        r"\[1, 0\]\. Give the new simulations another --name, or delete this file",
+    ):
         preprocess(data_dir, "--seed=1")
     with pytest.raises(ValueError, match=r"nbody_val\.pkl was simulated with num_simulations 4, .* num_simulations 9"):
         preprocess(data_dir, "--num_val=9")

@@ -20,7 +20,7 @@ of degree 1 is (x, y, z), so that the Wigner block of degree 1 is the rotation m
 from __future__ import annotations
 
 import math
-from functools import lru_cache
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -58,7 +58,7 @@ def edge_frames(relative_pos: Tensor) -> Tensor:
     return frames.unflatten(-1, (3, 3))
 
 
-@lru_cache(maxsize=None)
+@cache
 def clebsch_gordan(degree_1: int, degree_2: int, degree_3: int) -> Tensor:
     """Coupling of three degrees, float64 (2·l1+1, 2·l2+1, 2·l3+1), of norm 1 (e3nn's `o3.wigner_3j`)."""
     from e3nn import o3  # here, because only this constant needs it and it takes seconds to import
@@ -66,7 +66,7 @@ def clebsch_gordan(degree_1: int, degree_2: int, degree_3: int) -> Tensor:
     return o3.wigner_3j(degree_1, degree_2, degree_3, dtype=torch.float64)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _wigner_step(degree: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Constant T with vec(D_l) = vec(vec(D_{l-1}) vec(D_1)^T) T: (9·(2l-1)², (2l+1)²)."""
     dim = 2 * degree + 1
@@ -122,8 +122,9 @@ def get_basis(
         ValueError: `relative_pos` has the wrong shape or dtype, or holds NaN or infinity.
     """
     check_relative_pos(relative_pos)
-    with torch.autocast(relative_pos.device.type, enabled=False), torch.set_grad_enabled(
-        compute_gradients and torch.is_grad_enabled()
+    with (
+        torch.autocast(relative_pos.device.type, enabled=False),
+        torch.set_grad_enabled(compute_gradients and torch.is_grad_enabled()),
     ):
         basis = wigner_blocks(edge_frames(relative_pos), max_degree)
     if amp:
@@ -150,7 +151,7 @@ def check_relative_pos(relative_pos: Tensor) -> None:
         )
 
 
-@lru_cache(maxsize=None)
+@cache
 def frame_kernels(degree_in: int, degree_out: int) -> tuple[Tensor, Tensor]:
     """The basis kernels Q_J Y_J of a pair of degrees in the edge frame.
 

@@ -30,7 +30,9 @@ class Graph:
         for name in ("src", "dst"):
             index = getattr(self, name)
             if index.ndim != 1 or index.dtype not in (torch.int64, torch.int32):
-                raise ValueError(f"Graph.{name}: expected an integer tensor (E,), got {index.dtype} {tuple(index.shape)}")
+                raise ValueError(
+                    f"Graph.{name}: expected an integer tensor (E,), got {index.dtype} {tuple(index.shape)}"
+                )
         if len(self.src) != len(self.dst):
             raise ValueError(f"Graph: src and dst differ in length, {len(self.src)} and {len(self.dst)}")
         if self.rel_pos is not None and len(self.rel_pos) != len(self.src):
@@ -111,6 +113,8 @@ def as_graph(graph: Graph | dgl.DGLGraph) -> Graph:
     """
     if isinstance(graph, Graph):
         return graph
-    if hasattr(graph, "batch_num_nodes") and hasattr(graph, "edges") and hasattr(graph, "edata"):  # without importing DGL
+    if (
+        hasattr(graph, "batch_num_nodes") and hasattr(graph, "edges") and hasattr(graph, "edata")
+    ):  # without importing DGL
         return Graph.from_dgl(graph)
     raise TypeError(f"graph: expected a dgl.DGLGraph or se3_transformer.model.Graph, got {type(graph).__name__}")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor, nn
 
-from se3_transformer.model.basis import ZERO_LENGTH, check_relative_pos, get_basis
+from se3_transformer.model.basis import check_relative_pos, get_basis
 from se3_transformer.model.fiber import Fiber, degree_to_dim
 from se3_transformer.model.graph import Graph, as_graph
 from se3_transformer.model.layers import AttentionBlockSE3, ConvSE3, ConvSE3FuseLevel, GPooling, NormSE3
@@ -73,7 +73,12 @@ class SE3Transformer(nn.Module):
     ):
         super().__init__()
         self.num_layers, self.num_heads, self.channels_div = num_layers, num_heads, channels_div
-        self.fiber_in, self.fiber_hidden, self.fiber_out, self.fiber_edge = fiber_in, fiber_hidden, fiber_out, fiber_edge
+        self.fiber_in, self.fiber_hidden, self.fiber_out, self.fiber_edge = (
+            fiber_in,
+            fiber_hidden,
+            fiber_out,
+            fiber_edge,
+        )
         self.return_type, self.pooling = return_type, pooling
         self.max_degree = max(*fiber_in.degrees, *fiber_hidden.degrees, *fiber_out.degrees, *fiber_edge.degrees)
         self.tensor_cores, self.low_memory = tensor_cores, low_memory
@@ -129,7 +134,9 @@ class SE3Transformer(nn.Module):
         graph = as_graph(graph)
         relative_pos = graph.rel_pos
         if relative_pos is None:
-            raise ValueError("graph: no rel_pos; set edata['rel_pos'] (or Graph.rel_pos) to pos[dst] - pos[src], (E, 3)")
+            raise ValueError(
+                "graph: no rel_pos; set edata['rel_pos'] (or Graph.rel_pos) to pos[dst] - pos[src], (E, 3)"
+            )
         node_feats = {str(degree): feature for degree, feature in node_feats.items()}
         edge_feats = {str(degree): feature for degree, feature in (edge_feats or {}).items()}
         check_features("node feature", node_feats, self.fiber_in, graph.num_nodes, relative_pos)
@@ -200,7 +207,9 @@ def check_features(name: str, features: dict[str, Tensor], fiber: Fiber, rows: i
         raise ValueError(f"{name}s of degree {', '.join(extra)} came, but the model's fiber is {fiber}")
     for degree, channels in fiber:
         if str(degree) not in features:
-            raise ValueError(f"{name} of degree {degree} is missing: expected {channels} channels, got {list(features)}")
+            raise ValueError(
+                f"{name} of degree {degree} is missing: expected {channels} channels, got {list(features)}"
+            )
         feature, expected = features[str(degree)], (rows, channels, degree_to_dim(degree))
         if tuple(feature.shape) != expected:
             raise ValueError(f"{name} of degree {degree}: expected shape {expected}, got {tuple(feature.shape)}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -89,7 +89,7 @@ class Trainer:
 
     @property
     def evaluated_model(self) -> nn.Module:
-        """The network that is validated and kept: the moving average, which begins after the warm-up, if there is one."""
+        """The network that is validated and kept: the moving average of weights, once that has begun."""
         return self.averaged.module if self.averaged is not None and self.averaged.n_averaged > 0 else self.model
 
     def train(self) -> None:
@@ -113,7 +113,10 @@ class Trainer:
         begin, first = time.perf_counter(), self.step_in_epoch
         sums: dict[str, Tensor] = {}
         progress = tqdm(
-            range(first, len(batches)), desc=f"epoch {self.epoch + 1}/{self.settings['epochs']}", disable=None, leave=False
+            range(first, len(batches)),
+            desc=f"epoch {self.epoch + 1}/{self.settings['epochs']}",
+            disable=None,
+            leave=False,
         )
         for index in progress:
             loss, scalars = self.task.loss(self.model, batches[index])
@@ -145,7 +148,9 @@ class Trainer:
             errors = self.task.validate(self.evaluated_model)
         self.epoch, self.step_in_epoch = self.epoch + 1, 0
         rate = self.scheduler.get_last_lr()[0]
-        self.history.append({"epoch": self.epoch, "learning_rate": rate, **facts, **{f"val_{k}": v for k, v in errors.items()}})
+        self.history.append(
+            {"epoch": self.epoch, "learning_rate": rate, **facts, **{f"val_{k}": v for k, v in errors.items()}}
+        )
         for name, value in facts.items():
             self.writer.add_scalar(f"train/{name}", value, self.step)
         self.writer.add_scalar("train/learning_rate", rate, self.step)

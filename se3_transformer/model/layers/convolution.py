@@ -7,15 +7,14 @@ degrees and channels at once:
     z[e, o] = sum_{i, h} W_m[o, i, h] · h[e, h] · x_m[e, i]
 
 with i over (l_in >= m, C_in) and o over (l_out >= m, C_out). W_m is a fixed invertible mixture of the rows of the last
-linear layer, so parameters mean what they mean in the dense form. Nothing of size E · C_out · C_in · F is kept: edges
-are worked on in chunks, which the backward pass computes again.
+linear layer, so parameters mean what they mean in the dense form. How the product is done without anything of size
+E · C_out · C_in · F: see `se3_transformer.model.layers.contraction`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from enum import Enum
-from functools import lru_cache
+from functools import cache
 from itertools import product
 
 import torch
@@ -25,11 +24,13 @@ from torch.utils.checkpoint import checkpoint
 from se3_transformer.model.basis import ZERO_LENGTH, frame_kernels, frame_matrix, split_orders
 from se3_transformer.model.fiber import Fiber, degree_to_dim
 from se3_transformer.model.graph import Graph, as_graph
+from se3_transformer.model.layers.contraction import ORDERS, Contraction, contract
 from se3_transformer.model.layers.linear import mix_channels
-from se3_transformer.model.segment import gather_rows, segment_mean, segment_sum
+from se3_transformer.model.segment import gather_rows, segment_sum
 
-# Bytes of the intermediate of a contraction; a convolution that needs more works in chunks of edges.
-WORKSPACE_BYTES = 16 * 2**20
+# A convolution over more edges than this works in chunks that the backward pass computes again, so that what is kept
+# per edge is its message alone; with low_memory over more than the second number.
+MAX_EDGES, MAX_EDGES_LOW_MEMORY = 16384, 1024
 
 
 class ConvSE3FuseLevel(Enum):
@@ -105,9 +106,7 @@ class VersatileConvSE3(nn.Module):
         num_freq = sum(degree_to_dim(min(pair)) for pair in product(degrees_in, degrees_out))
         self.radial_func = RadialProfile(num_freq, channels_in, channels_out, edge_dim, use_layer_norm=use_layer_norm)
         hidden_dim = self.radial_func.net[-1].in_features
-        self.contract, self.intermediate_size = cheapest_contraction(
-            self.degrees_in, self.degrees_out, channels_in, channels_out, hidden_dim
-        )
+        self.order = cheapest_order(self.degrees_in, self.degrees_out, channels_in, channels_out, hidden_dim)
 
     def frame_weights(self) -> list[Tensor]:
         """W_m of every order m = 0 … min(highest degrees): strided views (P, outs, C_out, ins, C_in, H).
@@ -115,9 +114,7 @@ class VersatileConvSE3(nn.Module):
         P = 1 for m = 0 (a_0) and 2 for m > 0 (a_m, b_m); outs and ins count the degrees >= m.
         """
         weight = self.radial_func.last_weight  # (C_out, C_in, F, H)
-        mixture = frame_mixture(
-            self.degrees_in, self.degrees_out, self.unit_scalar_kernel, weight.dtype, weight.device
-        )
+        mixture = frame_mixture(self.degrees_in, self.degrees_out, self.unit_scalar_kernel, weight.dtype, weight.device)
         mixed = mixture @ weight  # (C_out, C_in, F, H)
         weights, start = [], 0
         for order in range(min(max(self.degrees_in), max(self.degrees_out)) + 1):
@@ -141,7 +138,7 @@ class VersatileConvSE3(nn.Module):
         raise ValueError(f"no path from degree {degree} to itself among {self.degrees_in} -> {self.degrees_out}")
 
 
-@lru_cache(maxsize=None)
+@cache
 def frame_mixture(
     degrees_in: tuple[int, ...],
     degrees_out: tuple[int, ...],
@@ -171,44 +168,18 @@ def frame_mixture(
     return torch.stack(rows).to(dtype=dtype, device=device)
 
 
-# Three orders of contraction of sum_{i, h} W[p, o, i, h] · hidden[e, h] · x[e, s, i] -> z[e, s, p·o], where o stands
-# for (degree, channel) out and i for (degree, channel) in; weight is (P, outs, C_out, ins, C_in, H).
-
-
-def outer_product_first(x: Tensor, hidden: Tensor, weight: Tensor) -> Tensor:
-    """(x ⊗ hidden) W, by way of (E, S, N_in · H)."""
-    outer = (x.unsqueeze(-1) * hidden[:, None, None]).flatten(2)
-    return outer @ weight.flatten(3).flatten(0, 2).T
-
-
-def features_first(x: Tensor, hidden: Tensor, weight: Tensor) -> Tensor:
-    """(x W) hidden, by way of (E, S, P · N_out · H)."""
-    product = (x @ weight.permute(3, 4, 0, 1, 2, 5).flatten(2).flatten(0, 1)).view(len(x), -1, weight.shape[-1])
-    return (product @ hidden.unsqueeze(-1)).view(*x.shape[:2], -1)
-
-
-def radial_weights_first(x: Tensor, hidden: Tensor, weight: Tensor) -> Tensor:
-    """(hidden W) x, by way of (E, N_in, P · N_out), the radial weights of every edge."""
-    radial = hidden @ weight.permute(3, 4, 0, 1, 2, 5).reshape(-1, weight.shape[-1]).T
-    return x @ radial.view(*radial.shape[:1], x.shape[2], -1)
-
-
-Contraction = Callable[[Tensor, Tensor, Tensor], Tensor]
-
-
-def cheapest_contraction(
+def cheapest_order(
     degrees_in: tuple[int, ...], degrees_out: tuple[int, ...], channels_in: int, channels_out: int, hidden_dim: int
-) -> tuple[Contraction, int]:
-    """The order of contraction with the smallest intermediate, and its size in numbers per edge."""
-    sizes = {outer_product_first: 0, features_first: 0, radial_weights_first: 0}
-    for order in range(min(max(degrees_in), max(degrees_out)) + 1):
-        parts = 1 if order == 0 else 2
-        n_in = sum(degree >= order for degree in degrees_in) * channels_in
-        n_out = sum(degree >= order for degree in degrees_out) * channels_out
-        sizes[outer_product_first] += parts * n_in * hidden_dim
-        sizes[features_first] += parts * parts * n_out * hidden_dim
-        sizes[radial_weights_first] += parts * n_in * n_out
-    return min(sizes.items(), key=lambda item: item[1])
+) -> type[Contraction]:
+    """The order of contraction with the smallest intermediates, all |m| together."""
+    sizes = dict.fromkeys(ORDERS, 0)
+    for m in range(min(max(degrees_in), max(degrees_out)) + 1):
+        signs = 1 if m == 0 else 2
+        n_in = sum(degree >= m for degree in degrees_in) * channels_in
+        n_out = signs * sum(degree >= m for degree in degrees_out) * channels_out
+        for order in ORDERS:
+            sizes[order] += order.size(signs, n_in, n_out, hidden_dim)
+    return min(sizes, key=sizes.__getitem__)
 
 
 def group_by_value(values: dict[int, object]) -> list[tuple[int, ...]]:
@@ -333,7 +304,7 @@ class ConvSE3(nn.Module):
     def _convolve(
         self, node_feats: dict[str, Tensor], edge_feats: dict[str, Tensor], src: Tensor, basis: dict[str, Tensor]
     ) -> dict[int, Tensor]:
-        """Messages {l: (E, C_out, 2l+1)}, in chunks of edges if their intermediates outgrow the workspace."""
+        """Messages {l: (E, C_out, 2l+1)}, in chunks of edges if there are many."""
         weights = [rectangle.frame_weights() for rectangle in self._rectangles]
         frames = {degrees: frame_matrix(basis, degrees) for degrees in {*self._groups_in, *self._groups_out}}
 
@@ -346,13 +317,11 @@ class ConvSE3(nn.Module):
                 weights,
             )
 
-        per_edge = sum(rectangle.intermediate_size for rectangle in self._rectangles) * weights[0][0].element_size()
-        chunk = max(1, WORKSPACE_BYTES // per_edge)
-        if len(src) <= chunk and not self.low_memory:
+        chunk = MAX_EDGES_LOW_MEMORY if self.low_memory else MAX_EDGES
+        if len(src) <= chunk:
             out = messages(slice(None))
         else:
-            starts = range(0, len(src), chunk) or [0]
-            edges = [slice(start, start + chunk) for start in starts]
+            edges = [slice(start, start + chunk) for start in range(0, len(src), chunk)]
             if torch.is_grad_enabled():
                 chunks = [checkpoint(messages, e, use_reentrant=False, preserve_rng_state=False) for e in edges]
             else:
@@ -399,7 +368,7 @@ class ConvSE3(nn.Module):
         for rectangle, rectangle_weights in zip(self._rectangles, weights, strict=True):
             hidden = rectangle.radial_func.hidden(scalars)
             for order, weight in enumerate(rectangle_weights):
-                product = rectangle.contract(x[rectangle.degrees_in, order], hidden, weight)
+                product = contract(rectangle.order, x[rectangle.degrees_in, order], hidden, weight)
                 if order > 0:
                     ax, bx = product.unflatten(2, (2, -1)).unbind(2)  # of +m and -m
                     product = ax + bx.flip(1) * bx.new_tensor([[-1.0], [1.0]])
@@ -408,7 +377,9 @@ class ConvSE3(nn.Module):
 
         out = {}
         for degrees in self._groups_out:
-            rows = torch.cat([self._rows_of_order(z, degrees, order, len(src)) for order in range(max(degrees) + 1)], dim=1)
+            rows = torch.cat(
+                [self._rows_of_order(z, degrees, order, len(src)) for order in range(max(degrees) + 1)], dim=1
+            )
             rotated = frames[degrees].transpose(1, 2) @ rows  # (E, rows, C)
             parts = rotated.transpose(1, 2).split([degree_to_dim(degree) for degree in degrees], dim=2)
             out.update(zip(degrees, parts, strict=True))

@@ -14,9 +14,9 @@ def mix_channels(weight: Tensor, feature: Tensor) -> Tensor:
 
 
 class LinearSE3(nn.Module):
-    """Mixes the channels of each degree (Fuchs et al. 2020, eq. 12); degrees of fiber_out that fiber_in lacks are absent.
+    """Mixes the channels of each degree (Fuchs et al. 2020, eq. 12): {'l': (N, C_in, 2l+1)} -> {'l': (N, C_out, 2l+1)}.
 
-    {'l': (N, C_in, 2l+1)} -> {'l': (N, C_out, 2l+1)}
+    Degrees of fiber_out that fiber_in lacks are absent from the output.
 
     Raises:
         ValueError: the fibers have no degree in common.

@@ -1,0 +1,237 @@
+"""The product at the heart of a convolution, in three orders, through small buffers that are used again and again.
+
+For one |m|, with features x of the sources in the edge frame and the last hidden layer of the radial network,
+
+    z[e, s, q] = sum_{i, h} W[q, i, h] · hidden[e, h] · x[e, s, i]
+
+where s runs over +m and -m (S = 1 for m = 0, else 2), i over (degree in, channel in) and q over (a or b, degree out,
+channel out). The order of contraction decides what comes between: (E, S · N_in · H), (E, S · Q · H) or (E, N_in · Q)
+numbers. None of these is ever held for all edges: forward and backward go through chunks of edges whose intermediate
+fits into the cache, and the backward pass makes them again from x and hidden, which are small.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor
+
+# Bytes of the intermediate of one chunk of edges, by type of device: a cache's worth on a CPU, enough for one big
+# product on a GPU.
+CHUNK_BYTES = {"cpu": 2 * 2**20, "cuda": 2**28}
+
+
+class Contraction(ABC):
+    """An order of contraction; the three subclasses give the same result."""
+
+    @staticmethod
+    @abstractmethod
+    def size(signs: int, n_in: int, n_out: int, hidden_dim: int) -> int:
+        """Numbers per edge in the intermediate; n_out is Q."""
+
+    @staticmethod
+    @abstractmethod
+    def matrix(weight: Tensor) -> Tensor:
+        """The weight (P, outs, C_out, ins, C_in, H), any strides, as the matrix of this order's product."""
+
+    @staticmethod
+    @abstractmethod
+    def plain(x: Tensor, hidden: Tensor, matrix: Tensor) -> Tensor:
+        """The definition: x (E, S, N_in), hidden (E, H), matrix -> (E, S, Q), differentiable as often as one likes."""
+
+    @staticmethod
+    @abstractmethod
+    def forward(x: Tensor, hidden: Tensor, matrix: Tensor, out: Tensor, buffer: Tensor) -> None:
+        """One chunk into out (E, S, Q), through buffer (E, size)."""
+
+    @staticmethod
+    @abstractmethod
+    def backward(
+        x: Tensor,
+        hidden: Tensor,
+        matrix: Tensor,
+        grad: Tensor,
+        buffers: tuple[Tensor, Tensor],
+        grad_x: Tensor | None,
+        grad_hidden: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """Gradients of one chunk: written to grad_x (if wanted) and grad_hidden.
+
+        Returns:
+            Two matrices whose product A^T B is the gradient with respect to `matrix`.
+        """
+
+
+class OuterProductFirst(Contraction):
+    """(x ⊗ hidden) W, by way of (E, S, N_in · H); matrix (Q, N_in · H)."""
+
+    @staticmethod
+    def size(signs, n_in, n_out, hidden_dim):
+        return signs * n_in * hidden_dim
+
+    @staticmethod
+    def matrix(weight):
+        return weight.flatten(3).flatten(0, 2)
+
+    @staticmethod
+    def plain(x, hidden, matrix):
+        return (x.unsqueeze(-1) * hidden[:, None, None]).flatten(2) @ matrix.T
+
+    @staticmethod
+    def forward(x, hidden, matrix, out, buffer):
+        E, S, n_in = x.shape
+        torch.mul(x.unsqueeze(-1), hidden[:, None, None], out=buffer.view(E, S, n_in, -1))
+        torch.mm(buffer.view(E * S, -1), matrix.T, out=out.view(E * S, -1))
+
+    @staticmethod
+    def backward(x, hidden, matrix, grad, buffers, grad_x, grad_hidden):
+        E, S, n_in = x.shape
+        outer, grad_outer = buffers
+        torch.mul(x.unsqueeze(-1), hidden[:, None, None], out=outer.view(E, S, n_in, -1))
+        torch.mm(grad.view(E * S, -1), matrix, out=grad_outer.view(E * S, -1))
+        by_feature = grad_outer.view(E, S * n_in, -1)
+        if grad_x is not None:
+            torch.bmm(by_feature, hidden.unsqueeze(2), out=grad_x.view(E, -1, 1))
+        torch.bmm(x.reshape(E, 1, -1), by_feature, out=grad_hidden.view(E, 1, -1))
+        return grad.view(E * S, -1), outer.view(E * S, -1)
+
+
+class FeaturesFirst(Contraction):
+    """(x W) hidden, by way of (E, S, Q · H); matrix (N_in, Q · H)."""
+
+    @staticmethod
+    def size(signs, n_in, n_out, hidden_dim):
+        return signs * n_out * hidden_dim
+
+    @staticmethod
+    def matrix(weight):
+        return weight.permute(3, 4, 0, 1, 2, 5).flatten(2).flatten(0, 1)
+
+    @staticmethod
+    def plain(x, hidden, matrix):
+        product = (x @ matrix).view(len(x), -1, hidden.shape[1])
+        return (product @ hidden.unsqueeze(-1)).view(*x.shape[:2], -1)
+
+    @staticmethod
+    def forward(x, hidden, matrix, out, buffer):
+        E, S, n_in = x.shape
+        torch.mm(x.reshape(E * S, n_in), matrix, out=buffer.view(E * S, -1))
+        torch.bmm(buffer.view(E, -1, hidden.shape[1]), hidden.unsqueeze(2), out=out.view(E, -1, 1))
+
+    @staticmethod
+    def backward(x, hidden, matrix, grad, buffers, grad_x, grad_hidden):
+        E, S, n_in = x.shape
+        product, grad_product = buffers
+        rows = x.reshape(E * S, n_in)
+        torch.mm(rows, matrix, out=product.view(E * S, -1))
+        torch.bmm(grad.view(E, 1, -1), product.view(E, -1, hidden.shape[1]), out=grad_hidden.view(E, 1, -1))
+        torch.mul(grad.view(E, -1, 1), hidden.unsqueeze(1), out=grad_product.view(E, -1, hidden.shape[1]))
+        if grad_x is not None:
+            torch.mm(grad_product.view(E * S, -1), matrix.T, out=grad_x.view(E * S, n_in))
+        return rows, grad_product.view(E * S, -1)
+
+
+class RadialWeightsFirst(Contraction):
+    """(hidden W) x, by way of (E, N_in · Q), the radial weights of every edge; matrix (N_in · Q, H)."""
+
+    @staticmethod
+    def size(signs, n_in, n_out, hidden_dim):
+        return n_in * n_out
+
+    @staticmethod
+    def matrix(weight):
+        return weight.permute(3, 4, 0, 1, 2, 5).reshape(-1, weight.shape[-1])
+
+    @staticmethod
+    def plain(x, hidden, matrix):
+        return x @ (hidden @ matrix.T).view(len(x), x.shape[2], -1)
+
+    @staticmethod
+    def forward(x, hidden, matrix, out, buffer):
+        torch.mm(hidden, matrix.T, out=buffer)
+        torch.bmm(x, buffer.view(len(x), x.shape[2], -1), out=out)
+
+    @staticmethod
+    def backward(x, hidden, matrix, grad, buffers, grad_x, grad_hidden):
+        radial, grad_radial = buffers
+        if grad_x is not None:
+            torch.mm(hidden, matrix.T, out=radial)
+            torch.bmm(grad, radial.view(len(x), x.shape[2], -1).transpose(1, 2), out=grad_x)
+        torch.bmm(x.transpose(1, 2), grad, out=grad_radial.view(len(x), x.shape[2], -1))
+        torch.mm(grad_radial, matrix, out=grad_hidden)
+        return grad_radial, hidden
+
+
+ORDERS = (OuterProductFirst, FeaturesFirst, RadialWeightsFirst)
+
+
+def contract(order: type[Contraction], x: Tensor, hidden: Tensor, weight: Tensor) -> Tensor:
+    """z of the formula at the top of this file.
+
+    Args:
+        order: order of contraction.
+        x: (E, S, N_in)
+        hidden: (E, H)
+        weight: (P, outs, C_out, ins, C_in, H) with ins · C_in = N_in; Q = P · outs · C_out.
+
+    Returns:
+        (E, S, Q), in the dtype of autocast if that is on.
+    """
+    device = x.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    x, hidden, matrix = x.to(dtype), hidden.to(dtype), order.matrix(weight.to(dtype))
+    with torch.autocast(device, enabled=False):
+        return _Chunked.apply(order, x, hidden, matrix, weight.shape[:3].numel())
+
+
+class _Chunked(torch.autograd.Function):
+    """An order of contraction, chunk by chunk."""
+
+    @staticmethod
+    def forward(ctx, order: type[Contraction], x: Tensor, hidden: Tensor, matrix: Tensor, n_out: int) -> Tensor:
+        ctx.order, ctx.n_out = order, n_out
+        ctx.save_for_backward(x, hidden, matrix)
+        out = x.new_empty(*x.shape[:2], n_out)
+        chunks, size = _chunks(order, x, hidden, n_out)
+        buffer = x.new_empty(chunks[0].stop, size) if chunks else None
+        for chunk in chunks:
+            order.forward(x[chunk], hidden[chunk], matrix, out[chunk], buffer[: chunk.stop - chunk.start])
+        return out
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        x, hidden, matrix = ctx.saved_tensors
+        if torch.is_grad_enabled():  # for second derivatives, through the definition
+            wanted = [t for t, needed in zip((x, hidden, matrix), ctx.needs_input_grad[1:4], strict=True) if needed]
+            grads = iter(torch.autograd.grad(ctx.order.plain(x, hidden, matrix), wanted, grad, create_graph=True))
+            return None, *(next(grads) if needed else None for needed in ctx.needs_input_grad[1:4]), None
+
+        grad = grad.contiguous()
+        grad_x = torch.empty_like(x, memory_format=torch.contiguous_format) if ctx.needs_input_grad[1] else None
+        grad_hidden = torch.empty_like(hidden, memory_format=torch.contiguous_format)
+        grad_matrix = torch.zeros_like(matrix, dtype=torch.promote_types(matrix.dtype, torch.float32))
+        chunks, size = _chunks(ctx.order, x, hidden, ctx.n_out)
+        buffers = tuple(x.new_empty(chunks[0].stop, size) for _ in range(2)) if chunks else ()
+        for chunk in chunks:
+            a, b = ctx.order.backward(
+                x[chunk],
+                hidden[chunk],
+                matrix,
+                grad[chunk],
+                tuple(buffer[: chunk.stop - chunk.start] for buffer in buffers),
+                None if grad_x is None else grad_x[chunk],
+                grad_hidden[chunk],
+            )
+            if grad_matrix.dtype == a.dtype:
+                grad_matrix.addmm_(a.T, b)
+            else:  # chunks are added up in single precision
+                grad_matrix += a.T @ b
+        return None, grad_x, grad_hidden, grad_matrix.to(matrix.dtype), None
+
+
+def _chunks(order: type[Contraction], x: Tensor, hidden: Tensor, n_out: int) -> tuple[list[slice], int]:
+    """Slices of the edges, the longest first, and the numbers per edge in the intermediate."""
+    size = order.size(x.shape[1], x.shape[2], n_out, hidden.shape[1])
+    length = max(1, CHUNK_BYTES.get(x.device.type, CHUNK_BYTES["cuda"]) // (size * x.element_size()))
+    return [slice(start, min(start + length, len(x))) for start in range(0, len(x), length)], size
