@@ -35,7 +35,7 @@ SETTINGS = EasyDict(
     num_heads=2,  # attention heads
     channels_div=4,  # keys and values have num_channels / channels_div channels
     num_radial=16,  # radial functions of the distance on each edge
-    random_start=True,  # train from random start frames; otherwise from the first
+    num_start_frames=0,  # training starts at a random one of this many first frames; 0: of all
     epochs=100,  # passes over the simulations, one start frame each
     batch_size=128,  # simulations
     learning_rate=1e-3,  # of Adam, at its highest
@@ -77,10 +77,11 @@ def main() -> None:
     print(f"{len(train):,} simulations of {train.num_particles} particles; {parameters:,} parameters")
 
     task = NBodyTask(
-        train, validation, settings.batch_size, settings.seed, settings.position_weight, settings.random_start
+        train, validation, settings.batch_size, settings.seed, settings.position_weight, settings.num_start_frames
     )
     log_dir = Path("runs") / settings.run
-    trainer = Trainer(network, task, settings, last_path, best_path, log_dir, describe={"network": network_settings})
+    decisive = {key: value for key, value in settings.items() if key not in ("threads", "data_dir")}
+    trainer = Trainer(network, task, decisive, last_path, best_path, log_dir, describe={"network": network_settings})
     if trainer.step:
         print(f"going on after epoch {trainer.epoch} of {settings.epochs} ({last_path})")
     trainer.train()
@@ -91,7 +92,7 @@ def main() -> None:
 def check(settings: EasyDict) -> None:
     """Raise ValueError for settings that make no sense."""
     positive = "num_layers num_degrees num_channels num_heads channels_div epochs batch_size".split()
-    require(settings, dict.fromkeys(positive, 1) | {"num_radial": 2, "seed": 0, "threads": 0})
+    require(settings, dict.fromkeys(positive, 1) | {"num_radial": 2, "num_start_frames": 0, "seed": 0, "threads": 0})
     require(settings, {"box_size": 0, "warmup_steps": 0})
     require(settings, {"learning_rate": 0, "final_learning_rate": 0, "weight_decay": 0, "position_weight": 0})
     if not 0 <= settings.ema_decay < 1:
@@ -111,7 +112,7 @@ def report(network: NBodyNetwork, test: NBodyDataset, trainer: Trainer, settings
         "validation": {key: best_epoch[f"val_{key}"] for key in ("mse_x", "mse_v")},
         "simulations": {"train": len(trainer.task.train), "test": len(test)},
         "train_seconds": sum(facts["seconds"] for facts in trainer.history),
-        "settings": dict(settings),
+        "settings": trainer.settings,
     }
     result_path = best_path.with_name(f"{settings.run}_result.json")
     result_path.write_text(json.dumps(result, indent=1) + "\n")

@@ -94,10 +94,6 @@ class NBodyDataset:
         """Number of simulations S."""
         return len(self.positions)
 
-    def random_start_frames(self, generator: torch.Generator, num: int) -> LongTensor:
-        """(num,) start frames, each of those that training may draw with equal chance."""
-        return torch.randint(self.num_start_frames, (num,), generator=generator)
-
     def batch(self, simulations: LongTensor, start_frames: LongTensor | None = None) -> NBodyBatch:
         """The graphs of some simulations at some start frames.
 

@@ -123,7 +123,7 @@ class NBodyTask:
         batch_size: graphs in a batch.
         seed: of the order of simulations and of the start frames; each epoch has its own.
         position_weight: weight of the positions' mean squared error beside that of the velocities.
-        random_start: draw a random start frame for each simulation every epoch; otherwise always the first.
+        num_start_frames: every epoch each simulation starts at a random frame of this many first ones; 0: of all.
     """
 
     def __init__(
@@ -133,20 +133,23 @@ class NBodyTask:
         batch_size: int,
         seed: int,
         position_weight: float,
-        random_start: bool,
+        num_start_frames: int,
     ):
         self.train, self.validation = train, validation
         self.batch_size, self.seed = batch_size, seed
-        self.position_weight, self.random_start = position_weight, random_start
+        self.position_weight = position_weight
+        self.num_start_frames = num_start_frames or train.num_start_frames
+        if self.num_start_frames > train.num_start_frames:
+            raise ValueError(
+                f"num_start_frames must be at most {train.num_start_frames}, as many as the simulations have, "
+                f"got {num_start_frames}"
+            )
 
     def batches(self, epoch: int) -> list[tuple[Tensor, Tensor]]:
         """(simulations (B,), start frames (B,)) of every batch of an epoch."""
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
         simulations = torch.randperm(len(self.train), generator=generator)
-        if self.random_start:
-            frames = self.train.random_start_frames(generator, len(simulations))
-        else:
-            frames = torch.zeros_like(simulations)
+        frames = torch.randint(self.num_start_frames, simulations.shape, generator=generator)
         return list(zip(simulations.split(self.batch_size), frames.split(self.batch_size), strict=True))
 
     def loss(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:

@@ -397,13 +397,6 @@ def test_edges_of_a_batch_stay_in_their_graph(data_dir):
     assert dataset.batch(torch.tensor([], dtype=torch.int64)).positions.shape == (0, 3)
 
 
-def test_random_start_frames(data_dir):
-    dataset, _ = open_split(data_dir, "readme", "train")
-    frames = dataset.random_start_frames(torch.Generator().manual_seed(0), 3000)
-    assert torch.equal(frames, dataset.random_start_frames(torch.Generator().manual_seed(0), 3000))
-    assert frames.unique().tolist() == list(range(44))
-
-
 def test_start_frames_of_evaluation():
     assert eval_start_frames("first", 3, 44).tolist() == [0, 0, 0]
     spread = eval_start_frames("spread", 1000, 44)

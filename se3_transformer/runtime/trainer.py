@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import math
+import signal
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from threading import Event
 from typing import Protocol
 
 import torch
@@ -93,20 +97,21 @@ class Trainer:
         return self.averaged.module if self.averaged is not None and self.averaged.n_averaged > 0 else self.model
 
     def train(self) -> None:
-        """Train to the last epoch. Ctrl-C and a loss that is not finite save the state before they are passed on.
+        """Train to the last epoch. Ctrl-C, at the end of a step, and a loss that is not finite save the state first.
 
         Raises:
             KeyboardInterrupt, NonFiniteLoss
         """
-        while self.epoch < self.settings["epochs"]:
-            try:
-                facts = self._train_epoch()
-            except (KeyboardInterrupt, NonFiniteLoss):
-                self._save_last()
-                raise
-            self._finish_epoch(facts)
+        with deferred_interrupt() as interrupted:
+            while self.epoch < self.settings["epochs"]:
+                try:
+                    facts = self._train_epoch(interrupted)
+                except (KeyboardInterrupt, NonFiniteLoss):
+                    self._save_last()
+                    raise
+                self._finish_epoch(facts)
 
-    def _train_epoch(self) -> dict[str, float]:
+    def _train_epoch(self, interrupted: Event) -> dict[str, float]:
         """One epoch, or what is left of it. Returns means of the logged scalars, throughput among them."""
         self.model.train()
         batches = self.task.batches(self.epoch)
@@ -119,6 +124,8 @@ class Trainer:
             leave=False,
         )
         for index in progress:
+            if interrupted.is_set():
+                raise KeyboardInterrupt
             loss, scalars = self.task.loss(self.model, batches[index])
             if not torch.isfinite(loss):
                 raise NonFiniteLoss(
@@ -196,6 +203,20 @@ class Trainer:
         self.scheduler.load_state_dict(state["scheduler"])
         self.epoch, self.step_in_epoch = state["epoch"], state["step_in_epoch"]
         self.best, self.history = state["best"], state["history"]
+
+
+@contextmanager
+def deferred_interrupt() -> Iterator[Event]:
+    """While it lasts, Ctrl-C sets the event that this yields instead of breaking into whatever is being computed."""
+    interrupted = Event()
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may handle signals
+        yield interrupted
+        return
+    previous = signal.signal(signal.SIGINT, lambda *_: interrupted.set())
+    try:
+        yield interrupted
+    finally:
+        signal.signal(signal.SIGINT, previous)
 
 
 def cosine_schedule(num_steps: int, warmup_steps: int, final: float) -> Callable[[int], float]:

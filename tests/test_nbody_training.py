@@ -1,0 +1,195 @@
+"""N-body training from the command line, on tiny caches: results, resume, faults."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from dataloader.nbody import NBodyDataset
+from experiments.nbody import NBodyNetwork, equivariance_error, load_network, reflect
+from se3_transformer.runtime.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from se3_transformer.runtime.settings import parse_settings
+from se3_transformer.runtime.trainer import cosine_schedule
+
+ROOT = Path(__file__).parent.parent
+TINY = ["--num_layers", "1", "--num_degrees", "2", "--num_channels", "4", "--num_heads", "1", "--batch_size", "8"]
+TINY += ["--channels_div", "2", "--warmup_steps", "2", "--threads", "1"]
+
+
+def run(script: str, *flags: str, cwd: Path, **kwargs) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, str(ROOT / script), *flags], cwd=cwd, capture_output=True, text=True, timeout=300, **kwargs
+    )
+
+
+@pytest.fixture(scope="module")
+def simulated(tmp_path_factory) -> Path:
+    """A directory with a tiny cache of each preset."""
+    directory = tmp_path_factory.mktemp("nbody")
+    for preset in ("readme", "paper"):
+        sizes = ["--num_train", "32", "--num_val", "10", "--num_test", "10"]
+        done = run("preprocess_nbody.py", "--preset", preset, *sizes, cwd=directory)
+        assert done.returncode == 0, done.stderr
+    return directory
+
+
+@pytest.fixture(scope="module")
+def trained(simulated) -> subprocess.CompletedProcess:
+    done = run("train_nbody.py", *TINY, "--epochs", "3", "--run", "whole", cwd=simulated)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def test_results_are_written_and_agree(simulated, trained):
+    result = json.loads((simulated / "data/whole_result.json").read_text())
+    assert f"{result['test']['mse_x']:.5f}" in trained.stdout
+    assert result["baselines"]["constant_velocity_x"] > 0
+    assert result["equivariance_error"] < 1e-4
+    assert result["simulations"] == {"train": 32, "test": 10}
+    assert (simulated / "data/whole_trajectories.png").stat().st_size > 10_000
+    assert list((simulated / "runs/whole").glob("events*"))
+    network = load_network(simulated / "data/whole_best.pt")
+    dataset = NBodyDataset(simulated / "data/cache/nbody", "test")
+    batch = dataset.batch(torch.arange(10))
+    with torch.no_grad():
+        displacement, _ = network(batch)
+    mse = (displacement - batch.displacement).square().mean().item()
+    assert mse == pytest.approx(result["test"]["mse_x"], rel=1e-5)
+
+
+def test_finished_run_only_reports(simulated, trained):
+    again = run("train_nbody.py", *TINY, "--epochs", "3", "--run", "whole", cwd=simulated)
+    assert again.returncode == 0, again.stderr
+    assert again.stdout.splitlines()[-8:] == trained.stdout.splitlines()[-8:]
+
+
+def test_interrupted_run_ends_with_the_same_bits(simulated):
+    flags = [*TINY, "--epochs", "40"]
+    assert run("train_nbody.py", *flags, "--run", "straight", cwd=simulated).returncode == 0
+    command = [sys.executable, str(ROOT / "train_nbody.py"), *flags, "--run", "broken"]
+    process = subprocess.Popen(command, cwd=simulated, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    last = simulated / "data/broken_last.pt"
+    deadline = time.time() + 120
+    while not last.exists() and time.time() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode != 0 and "goes on from here" in stderr
+    stopped_at = load_checkpoint(last)
+    assert (stopped_at["epoch"], stopped_at["step_in_epoch"]) < (40, 0)
+    assert run("train_nbody.py", *flags, "--run", "broken", cwd=simulated).returncode == 0
+    straight, broken = (load_checkpoint(simulated / f"data/{name}_last.pt") for name in ("straight", "broken"))
+    for part in ("model", "averaged"):
+        for name, value in straight[part].items():
+            assert torch.equal(value, broken[part][name]), name
+    for index, state in straight["optimizer"]["state"].items():
+        for name, value in state.items():
+            assert torch.equal(value, broken["optimizer"]["state"][index][name]), name
+    assert straight["best"] == broken["best"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--epoch", "3"], "did you mean --epochs"),
+        (["--batch_size", "0"], "batch_size must be at least 1, got 0"),
+        (["--num_heads", "3"], "do not divide by 3 heads"),
+        (["--name", "missing"], "python preprocess_nbody.py"),
+        (["--preset", "paper", "--name", "nbody"], "delta_frames"),
+        (["--epochs", "3", "--learning_rate", "0.5", "--run", "whole"], "learning_rate 0.001 (now 0.5)"),
+    ],
+)
+def test_faults_are_named(simulated, trained, flags, message):
+    before = (simulated / "data/whole_last.pt").read_bytes()
+    done = run("train_nbody.py", *TINY, *flags, cwd=simulated)
+    assert done.returncode != 0
+    assert message in done.stderr and "Traceback" not in done.stderr
+    assert (simulated / "data/whole_last.pt").read_bytes() == before
+
+
+def test_loss_that_is_not_finite_stops_the_run(simulated):
+    done = run(
+        "train_nbody.py", *TINY, "--learning_rate", "1e30", "--max_grad_norm", "1e30", "--run", "nan", cwd=simulated
+    )
+    assert done.returncode != 0 and "Traceback" not in done.stderr
+    assert "epoch" in done.stderr and "batch" in done.stderr and "nan_last.pt" in done.stderr
+    assert (simulated / "data/nan_last.pt").exists()
+
+
+def test_preset_paper(simulated):
+    done = run("train_nbody.py", "--preset", "paper", *TINY, "--epochs", "1", cwd=simulated)
+    assert done.returncode == 0, done.stderr
+    result = json.loads((simulated / "data/nbody_paper_result.json").read_text())
+    assert result["settings"]["box_size"] == 0
+
+
+def test_network_is_equivariant(simulated):
+    torch.manual_seed(0)
+    dataset = NBodyDataset(simulated / "data/cache/nbody", "train")
+    network = NBodyNetwork(0.5, 5.0, 2, 4, 8, 2, 4, 16)
+    assert equivariance_error(network, dataset.batch(torch.arange(16), torch.arange(16))) < 1e-5
+
+
+def test_reflect_equals_many_small_steps():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.rand(200, 3, generator=generator, dtype=torch.float64) * 10 - 5
+    v = torch.randn(200, 3, generator=generator, dtype=torch.float64) * 8
+    end, sign = reflect(x + v, 5.0)
+    steps = 20_000
+    position, velocity = x.clone(), v.clone()
+    for _ in range(steps):
+        position = position + velocity / steps
+        velocity = torch.where(position > 5, -velocity.abs(), torch.where(position < -5, velocity.abs(), velocity))
+        position = torch.where(position > 5, 10 - position, torch.where(position < -5, -10 - position, position))
+    torch.testing.assert_close(end, position, rtol=0, atol=1e-8)
+    torch.testing.assert_close(sign * v, velocity)
+
+
+def test_schedule():
+    factor = cosine_schedule(num_steps=110, warmup_steps=10, final=0.1)
+    assert [factor(0), factor(9), factor(10)] == pytest.approx([0.1, 1.0, 1.0])
+    assert factor(60) == pytest.approx(0.55)
+    assert factor(110) == pytest.approx(0.1)
+
+
+def test_truncated_checkpoint_is_named(tmp_path):
+    path = tmp_path / "a.pt"
+    save_checkpoint(path, {"weights": torch.randn(1000)})
+    path.write_bytes(path.read_bytes()[:-500])
+    with pytest.raises(CheckpointError, match=r"a\.pt"):
+        load_checkpoint(path)
+
+
+def test_malicious_checkpoint_is_refused(tmp_path):
+    class Harm:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "harm"),)
+
+    torch.save({"model": Harm()}, tmp_path / "bad.pt")
+    with pytest.raises(CheckpointError, match=r"bad\.pt"):
+        load_checkpoint(tmp_path / "bad.pt")
+    assert not (tmp_path / "harm").exists()
+
+
+def test_failed_write_keeps_the_old_checkpoint(tmp_path):
+    path = tmp_path / "a.pt"
+    save_checkpoint(path, {"value": 1})
+    with pytest.raises(Exception, match="pickle"):
+        save_checkpoint(path, {"value": lambda: None})
+    assert load_checkpoint(path) == {"value": 1}
+    assert [file.name for file in tmp_path.iterdir()] == ["a.pt"]
+
+
+def test_preset_yields_to_flags():
+    defaults = {"preset": "small", "width": 1, "rate": 0.5, "flag": False}
+    presets = {"small": {}, "large": {"width": 10, "rate": 0.1}}
+    settings = parse_settings(
+        defaults, presets, "", lambda s: None, ["--preset", "large", "--rate", "0.2", "--flag", "yes"]
+    )
+    assert settings == {"preset": "large", "width": 10, "rate": 0.2, "flag": True}
