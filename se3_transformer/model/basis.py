@@ -20,15 +20,55 @@ of degree 1 is (x, y, z), so that the Wigner block of degree 1 is the rotation m
 from __future__ import annotations
 
 import math
-from functools import cache
+import warnings
+from collections.abc import Callable
+from functools import cache, wraps
 
 import torch
 from torch import Tensor
+
+# Types of device on which the basis is compiled; see `compile_basis`.
+_compiled_devices = {"cuda"}
 
 # Entry of a basis that lists the edges without direction: int64 (E0,); absent where there are none.
 ZERO_LENGTH = "zero_length"
 
 
+def compile_basis(device: str, enabled: bool = True) -> None:
+    """Have torch.compile compile the basis on a type of device ('cpu', 'cuda'), just in time, or not.
+
+    By default that is done on 'cuda' alone, where it saves launches. On a CPU the basis becomes about four times
+    faster, but it is a hundredth of a training step, and compiling takes seconds for every dtype and degree. Where
+    compiling fails (no C++ compiler, no Triton), the basis is computed without it, after one warning; the numbers are
+    the same up to rounding.
+    """
+    (_compiled_devices.add if enabled else _compiled_devices.discard)(device)
+
+
+def _just_in_time(function: Callable) -> Callable:
+    """`function`, compiled on the devices that `compile_basis` chose; its first argument tells the device."""
+    compiled = None
+
+    @wraps(function)
+    def wrapper(first: Tensor, *args):
+        nonlocal compiled
+        device = first.device.type
+        if device not in _compiled_devices or torch.compiler.is_compiling():
+            return function(first, *args)
+        if compiled is None:
+            compiled = torch.compile(function, dynamic=True)
+        try:
+            return compiled(first, *args)
+        except Exception as error:  # of any compiler; an error of the function itself comes again from the next line
+            result = function(first, *args)
+            compile_basis(device, enabled=False)
+            warnings.warn(f"the basis is not compiled, torch.compile failed: {error}", stacklevel=2)
+            return result
+
+    return wrapper
+
+
+@_just_in_time
 def edge_frames(relative_pos: Tensor) -> Tensor:
     """Rotation g_e of every edge that takes the polar axis y to the direction of the edge.
 
@@ -89,12 +129,19 @@ def wigner_blocks(rotations: Tensor, max_degree: int) -> dict[str, Tensor]:
     blocks = {"0": rotations.new_ones(len(rotations), 1, 1)}
     if max_degree >= 1:
         blocks["1"] = rotations
-    flat = rotations.flatten(1)  # (E, 9)
-    previous = flat
-    for degree in range(2, max_degree + 1):
-        outer = (previous[:, :, None] * flat[:, None, :]).flatten(1)
-        previous = outer @ _wigner_step(degree, rotations.dtype, rotations.device)
-        blocks[str(degree)] = previous.unflatten(-1, (2 * degree + 1, 2 * degree + 1))
+    steps = [_wigner_step(degree, rotations.dtype, rotations.device) for degree in range(2, max_degree + 1)]
+    blocks.update({str(degree): block for degree, block in enumerate(_wigner_recursion(rotations, steps), start=2)})
+    return blocks
+
+
+@_just_in_time
+def _wigner_recursion(rotations: Tensor, steps: list[Tensor]) -> list[Tensor]:
+    """Wigner blocks of degree 2, 3, … from rotations (E, 3, 3), one for each `_wigner_step`."""
+    first = rotations.flatten(1)  # (E, 9)
+    blocks, previous = [], first
+    for degree, step in enumerate(steps, start=2):
+        previous = (previous[:, :, None] * first[:, None, :]).flatten(1) @ step
+        blocks.append(previous.unflatten(-1, (2 * degree + 1, 2 * degree + 1)))
     return blocks
 
 
@@ -111,8 +158,7 @@ def get_basis(
         relative_pos: (E, 3) floating point, pos[dst] - pos[src].
         max_degree: highest degree of any feature of the model.
         compute_gradients: whether gradients flow to `relative_pos`.
-        use_pad_trick: accepted for compatibility; it changes nothing here.
-        amp: store the blocks in half precision.
+        use_pad_trick, amp: accepted for compatibility; they change nothing here.
 
     Returns:
         Wigner blocks of the edge frames (see `wigner_blocks`), and under `ZERO_LENGTH` the indices of edges of length
@@ -127,8 +173,6 @@ def get_basis(
         torch.set_grad_enabled(compute_gradients and torch.is_grad_enabled()),
     ):
         basis = wigner_blocks(edge_frames(relative_pos), max_degree)
-    if amp:
-        basis = {degree: block.half() for degree, block in basis.items()}
     zero_length = (relative_pos == 0).all(dim=-1).nonzero().flatten()
     if len(zero_length):
         basis[ZERO_LENGTH] = zero_length

@@ -1,0 +1,24 @@
+"""Settings of all tests: the checkout is what gets imported, every test starts from the same random state."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))
+
+
+@pytest.fixture(autouse=True)
+def same_random_state():
+    """Random numbers do not depend on which tests ran before, and no test leaves another default dtype behind."""
+    torch.manual_seed(0)
+    yield
+    assert torch.get_default_dtype() == torch.float32, "the test changed torch's default dtype"
+
+
+@pytest.fixture(params=[torch.float64, torch.float32], ids=["float64", "float32"])
+def dtype(request):
+    return request.param
