@@ -41,11 +41,34 @@ class Graph:
             if self.batch_num_nodes is not None:
                 self.num_nodes = int(self.batch_num_nodes.sum())
             else:
-                self.num_nodes = int(torch.stack([self.src.max(), self.dst.max()]).max()) + 1 if len(self.src) else 0
+                self.num_nodes = max((int(ends.max()) for ends in (self.src, self.dst) if len(ends)), default=-1) + 1
         if self.batch_num_nodes is None:
             self.batch_num_nodes = torch.tensor([self.num_nodes], device=self.src.device)
         if self.batch_num_edges is None and len(self.batch_num_nodes) == 1:
             self.batch_num_edges = torch.tensor([len(self.src)], device=self.src.device)
+        if self.src.device.type == "cpu":  # elsewhere, looking at values would hold up the device
+            self._check_values()
+
+    def _check_values(self) -> None:
+        """Raise ValueError unless ids are those of nodes and the sizes of the graphs add up."""
+        for name in ("src", "dst"):
+            ends = getattr(self, name)
+            lowest, highest = (int(end) for end in ends.aminmax()) if len(ends) else (0, -1)
+            if lowest < 0 or highest >= self.num_nodes:
+                raise ValueError(
+                    f"Graph.{name}: expected ids of {self.num_nodes} nodes, got ids from {lowest} to {highest}"
+                )
+        if (total := int(self.batch_num_nodes.sum())) != self.num_nodes:
+            raise ValueError(f"Graph: batch_num_nodes add up to {total}, but num_nodes is {self.num_nodes}")
+        if self.batch_num_edges is None:
+            return
+        if len(self.batch_num_edges) != len(self.batch_num_nodes):
+            raise ValueError(
+                "Graph: batch_num_nodes and batch_num_edges differ in length, "
+                f"{len(self.batch_num_nodes)} and {len(self.batch_num_edges)}"
+            )
+        if (total := int(self.batch_num_edges.sum())) != len(self.src):
+            raise ValueError(f"Graph: batch_num_edges add up to {total}, but there are {len(self.src)} edges")
 
     @property
     def num_edges(self) -> int:

@@ -80,11 +80,18 @@ class SE3Transformer(nn.Module):
             fiber_edge,
         )
         self.return_type, self.pooling = return_type, pooling
-        self.max_degree = max(*fiber_in.degrees, *fiber_hidden.degrees, *fiber_out.degrees, *fiber_edge.degrees)
         self.tensor_cores, self.low_memory = tensor_cores, low_memory
-        if return_type is not None and return_type not in fiber_out:
-            raise ValueError(f"return_type {return_type} is not among the output degrees {fiber_out.degrees}")
+        for name, fiber in (("fiber_in", fiber_in), ("fiber_hidden", fiber_hidden), ("fiber_out", fiber_out)):
+            if not fiber.degrees:
+                raise ValueError(f"{name}: expected at least one degree, got {fiber}")
+        for name, value, lowest in (("num_layers", num_layers, 0), ("num_heads", num_heads, 1)):
+            if value < lowest:
+                raise ValueError(f"{name} must be at least {lowest}, got {value}")
+        pooled_type = 0 if return_type is None else int(return_type)
+        if (return_type is not None or pooling is not None) and pooled_type not in fiber_out:
+            raise ValueError(f"return_type {pooled_type} is not among the output degrees {fiber_out.degrees}")
 
+        self.max_degree = max(*fiber_in.degrees, *fiber_hidden.degrees, *fiber_out.degrees, *fiber_edge.degrees)
         if low_memory:
             fuse_level = ConvSE3FuseLevel.NONE
         else:
@@ -108,7 +115,7 @@ class SE3Transformer(nn.Module):
         modules.append(ConvSE3(fiber, fiber_out, self_interaction=True, **shared))
         self.graph_modules = Sequential(*modules)
         if pooling is not None:
-            self.pooling_module = GPooling(pool=pooling, feat_type=0 if return_type is None else int(return_type))
+            self.pooling_module = GPooling(pool=pooling, feat_type=pooled_type)
 
     def forward(
         self,
@@ -139,6 +146,7 @@ class SE3Transformer(nn.Module):
             )
         node_feats = {str(degree): feature for degree, feature in node_feats.items()}
         edge_feats = {str(degree): feature for degree, feature in (edge_feats or {}).items()}
+        check_parameters(next(self.parameters()), relative_pos)
         check_features("node feature", node_feats, self.fiber_in, graph.num_nodes, relative_pos)
         check_features("edge feature", edge_feats, self.fiber_edge, graph.num_edges, relative_pos)
         if basis is None:
@@ -177,6 +185,8 @@ class SE3TransformerPooled(nn.Module):
         **kwargs,
     ):
         super().__init__()
+        if fiber_out.degrees != [0]:
+            raise ValueError(f"fiber_out: pooled are scalars, expected degree 0 alone, got {fiber_out}")
         kwargs["pooling"] = kwargs.get("pooling") or "max"
         self.transformer = SE3Transformer(
             fiber_in=fiber_in,
@@ -200,6 +210,15 @@ class SE3TransformerPooled(nn.Module):
         return self.mlp(self.transformer(graph, node_feats, edge_feats, basis)).squeeze(-1)
 
 
+def check_parameters(parameter: Tensor, relative_pos: Tensor) -> None:
+    """Raise ValueError unless the positions are on the device and of the dtype of the model's parameters."""
+    if parameter.device != relative_pos.device:
+        raise ValueError(f"rel_pos: expected on {parameter.device} like the model, got {relative_pos.device}")
+    autocast = torch.is_autocast_enabled(parameter.device.type)
+    if relative_pos.is_floating_point() and parameter.dtype != relative_pos.dtype and not autocast:
+        raise ValueError(f"rel_pos: expected {parameter.dtype} like the model's parameters, got {relative_pos.dtype}")
+
+
 def check_features(name: str, features: dict[str, Tensor], fiber: Fiber, rows: int, relative_pos: Tensor) -> None:
     """Raise ValueError unless features are {'l': (rows, C, 2l+1)} of the fiber, on the device and of the dtype."""
     extra = [degree for degree in features if degree not in fiber]
@@ -211,6 +230,8 @@ def check_features(name: str, features: dict[str, Tensor], fiber: Fiber, rows: i
                 f"{name} of degree {degree} is missing: expected {channels} channels, got {list(features)}"
             )
         feature, expected = features[str(degree)], (rows, channels, degree_to_dim(degree))
+        if not isinstance(feature, Tensor):
+            raise TypeError(f"{name} of degree {degree}: expected a Tensor, got {type(feature).__name__}")
         if tuple(feature.shape) != expected:
             raise ValueError(f"{name} of degree {degree}: expected shape {expected}, got {tuple(feature.shape)}")
         if not feature.is_floating_point():
@@ -235,4 +256,10 @@ def check_basis(basis: dict[str, Tensor], max_degree: int, relative_pos: Tensor)
             raise ValueError(
                 f"basis of degree {degree}: expected a block {expected} as get_basis(rel_pos, {max_degree}) gives it, "
                 f"got {shape}"
+            )
+        block = basis[str(degree)]
+        if (block.dtype, block.device) != (relative_pos.dtype, relative_pos.device):
+            raise ValueError(
+                f"basis of degree {degree}: expected {relative_pos.dtype} on {relative_pos.device} like rel_pos, "
+                f"got {block.dtype} on {block.device}"
             )

@@ -81,6 +81,13 @@ class AttentionBlockSE3(nn.Module):
         low_memory: bool = False,
     ):
         super().__init__()
+        if num_heads < 1 or channels_div < 1:
+            raise ValueError(f"num_heads and channels_div must be at least 1, got {num_heads} and {channels_div}")
+        for degree, channels in fiber_out:
+            if channels < channels_div:
+                raise ValueError(
+                    f"attention: {channels} channels of degree {degree} leave none divided by channels_div {channels_div}"
+                )
         self.fiber_in = fiber_in
         self.value_fiber = Fiber([(degree, channels // channels_div) for degree, channels in fiber_out])
         self.key_query_fiber = Fiber([(degree, c) for degree, c in self.value_fiber if degree in fiber_in])

@@ -262,9 +262,8 @@ class ConvSE3(nn.Module):
             self.conv = nn.ModuleDict({f"{i},{o}": rectangle([i], [o], unit_scalar_kernel=True) for i, o in pairs})
             self._rectangles = list(self.conv.values())
 
-        # Degrees that are gathered and rotated together: same channels, of nodes and of edges.
-        channels = {d: (fiber_in[d], fiber_edge[d] if d > 0 else 0) for d in self.fiber_source.degrees}
-        self._groups_in = group_by_value(channels)
+        # Degrees with the same number of channels are rotated together.
+        self._groups_in = group_by_value(dict(self.fiber_source.structure))
         self._groups_out = group_by_value(dict(fiber_out.structure))
         if self_interaction:
             self.to_kernel_self = nn.ParameterDict(
@@ -336,11 +335,13 @@ class ConvSE3(nn.Module):
 
         The rows are (degree, m); the degrees have the same number of channels.
         """
+        if len({self.fiber_in[degree] for degree in degrees}) > 1:  # node and edge channels only add up to the same
+            return torch.cat([self._source_features(node_feats, edge_feats, src, (d,)) for d in degrees], dim=1)
         parts = []
         if degrees[0] in self.fiber_in:
             nodes = torch.cat([node_feats[str(degree)] for degree in degrees], dim=2).transpose(1, 2)  # (N, rows, C)
             parts.append(gather_rows(nodes, src))
-        if any(degree > 0 and degree in self.fiber_edge for degree in degrees):
+        if self.fiber_source[degrees[0]] > self.fiber_in[degrees[0]]:
             edges = torch.cat([edge_feats[str(degree)] for degree in degrees], dim=2).transpose(1, 2)
             parts.append(edges)
         return torch.cat(parts, dim=2) if len(parts) > 1 else parts[0]
