@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 
 import pytest
@@ -107,6 +108,7 @@ class Battery:
         other.load_state_dict(torch.load(io.BytesIO(state.getvalue()), weights_only=True))
         expected = self.call(module, sample)
         assert_same(self.call(other, sample), expected, 1e-15, "after loading the state dict")
+        assert_same(self.call(copy.deepcopy(module), sample), expected, 1e-15, "of a deep copy")
         unpickled = torch.load(io.BytesIO(whole.getvalue()), weights_only=False)
         assert_same(self.call(unpickled, sample), expected, 1e-15, "after unpickling the module")
 

@@ -8,7 +8,7 @@ import pytest
 import reference
 import torch
 from battery import Battery, varied
-from helpers import TOLERANCE, assert_same, gradients, random_features, random_sample
+from helpers import TOLERANCE, assert_finite, assert_same, gradients, random_features, random_sample
 
 from se3_transformer.model import Fiber, Graph, SE3Transformer, SE3TransformerPooled
 from se3_transformer.model.basis import get_basis
@@ -311,6 +311,21 @@ def test_float32_of_large_and_small_distances():
         double = sample.to(torch.float64)
         expected = run(small(use_layer_norm=True), double)
         assert_same(run(model, sample), expected, 1e-3)
+
+
+@pytest.mark.parametrize("options", [{}, {"low_memory": True}, {"tensor_cores": True}], ids=str)
+def test_autocast(options):
+    """In bfloat16 nearly the same comes out, and every parameter gets a finite gradient; frames stay in float32."""
+    model = small(fiber_hidden={0: 4, 1: 4, 2: 4}, **options).float()
+    sample = random_sample({0: 3}, nodes=(6,), edges=(20,), dtype=torch.float32)
+    sample.pos[1] = sample.pos[0]
+    sample.src[0], sample.dst[0] = 0, 1
+    expected = run(model, sample)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = run(model, sample)
+        sum((x.float() ** 2).sum() for x in out.values()).backward()
+    assert_same(out, expected, 0.1)
+    assert_finite({name: p.grad for name, p in model.named_parameters()}, "gradients")
 
 
 # --------------------------------------------------------------------------------------- known faults of other packages

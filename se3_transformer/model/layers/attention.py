@@ -86,7 +86,7 @@ class AttentionBlockSE3(nn.Module):
         for degree, channels in fiber_out:
             if channels < channels_div:
                 raise ValueError(
-                    f"attention: {channels} channels of degree {degree} leave none divided by channels_div {channels_div}"
+                    f"attention: {channels} channels of degree {degree} leave none if divided by {channels_div}"
                 )
         self.fiber_in = fiber_in
         self.value_fiber = Fiber([(degree, channels // channels_div) for degree, channels in fiber_out])

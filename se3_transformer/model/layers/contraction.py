@@ -110,8 +110,9 @@ class FeaturesFirst(Contraction):
 
     @staticmethod
     def plain(x, hidden, matrix):
-        product = (x @ matrix).view(len(x), -1, hidden.shape[1])
-        return (product @ hidden.unsqueeze(-1)).view(*x.shape[:2], -1)
+        E, S, H = *x.shape[:2], hidden.shape[1]
+        product = (x @ matrix).view(E, S * matrix.shape[1] // H, H)
+        return (product @ hidden.unsqueeze(-1)).view(E, S, matrix.shape[1] // H)
 
     @staticmethod
     def forward(x, hidden, matrix, out, buffer):
@@ -145,7 +146,7 @@ class RadialWeightsFirst(Contraction):
 
     @staticmethod
     def plain(x, hidden, matrix):
-        return x @ (hidden @ matrix.T).view(len(x), x.shape[2], -1)
+        return x @ (hidden @ matrix.T).view(len(x), x.shape[2], len(matrix) // x.shape[2])
 
     @staticmethod
     def forward(x, hidden, matrix, out, buffer):
