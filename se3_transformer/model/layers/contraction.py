@@ -2,12 +2,17 @@
 
 For one |m|, with features x of the sources in the edge frame and the last hidden layer of the radial network,
 
-    z[e, s, q] = sum_{i, h} W[q, i, h] · hidden[e, h] · x[e, s, i]
+    z[e, ±m, o] = sum_{i, h} hidden[e, h] · (A[o, i, h] · x[e, ±m, i] ∓ B[o, i, h] · x[e, ∓m, i])
 
-where s runs over +m and -m (S = 1 for m = 0, else 2), i over (degree in, channel in) and q over (a or b, degree out,
-channel out). The order of contraction decides what comes between: (E, S · N_in · H), (E, S · Q · H) or (E, N_in · Q)
-numbers. None of these is ever held for all edges: forward and backward go through chunks of edges whose intermediate
-fits into the cache, and the backward pass makes them again from x and hidden, which are small.
+where i runs over (degree in, channel in) and o over (degree out, channel out); for m = 0 there is A alone. Either the
+features take the two parts, as [x+ -x-; x- x+] (E, S, P · N_in), or the outputs do and are combined in the end: with
+S = P = 1 for m = 0, else 2, that leaves a trilinear form
+
+    z[e, s, q] = sum_{k, h} W[q, k, h] · hidden[e, h] · x[e, s, k].
+
+Its order of contraction decides what comes between: (E, S · K · H), (E, S · Q · H) or (E, K · Q) numbers. None of these
+is ever held for all edges: forward and backward go through chunks of edges whose intermediate fits into the cache, and
+the backward pass makes them again from x and hidden, which are small.
 """
 
 from __future__ import annotations
@@ -25,10 +30,12 @@ CHUNK_BYTES = {"cpu": 2 * 2**20, "cuda": 2**28}
 class Contraction(ABC):
     """An order of contraction; the three subclasses give the same result."""
 
+    stacks_features: bool  # whether the features take the parts A and B, or the outputs
+
     @staticmethod
     @abstractmethod
-    def size(signs: int, n_in: int, n_out: int, hidden_dim: int) -> int:
-        """Numbers per edge in the intermediate; n_out is Q."""
+    def size(S: int, K: int, Q: int, H: int) -> int:
+        """Numbers per edge in the intermediate."""
 
     @staticmethod
     @abstractmethod
@@ -38,7 +45,7 @@ class Contraction(ABC):
     @staticmethod
     @abstractmethod
     def plain(x: Tensor, hidden: Tensor, matrix: Tensor) -> Tensor:
-        """The definition: x (E, S, N_in), hidden (E, H), matrix -> (E, S, Q), differentiable as often as one likes."""
+        """The definition: x (E, S, K), hidden (E, H), matrix -> (E, S, Q), differentiable as often as one likes."""
 
     @staticmethod
     @abstractmethod
@@ -64,11 +71,13 @@ class Contraction(ABC):
 
 
 class OuterProductFirst(Contraction):
-    """(x ⊗ hidden) W, by way of (E, S, N_in · H); matrix (Q, N_in · H)."""
+    """(x ⊗ hidden) W, by way of (E, S, K · H); matrix (Q, K · H)."""
+
+    stacks_features = False
 
     @staticmethod
-    def size(signs, n_in, n_out, hidden_dim):
-        return signs * n_in * hidden_dim
+    def size(S, K, Q, H):
+        return S * K * H
 
     @staticmethod
     def matrix(weight):
@@ -98,15 +107,17 @@ class OuterProductFirst(Contraction):
 
 
 class FeaturesFirst(Contraction):
-    """(x W) hidden, by way of (E, S, Q · H); matrix (N_in, Q · H)."""
+    """(x W) hidden, by way of (E, S, Q · H); matrix (K, Q · H)."""
+
+    stacks_features = True
 
     @staticmethod
-    def size(signs, n_in, n_out, hidden_dim):
-        return signs * n_out * hidden_dim
+    def size(S, K, Q, H):
+        return S * Q * H
 
     @staticmethod
     def matrix(weight):
-        return weight.permute(3, 4, 0, 1, 2, 5).flatten(2).flatten(0, 1)
+        return weight.permute(0, 3, 4, 1, 2, 5).flatten(3).flatten(0, 2)
 
     @staticmethod
     def plain(x, hidden, matrix):
@@ -134,15 +145,17 @@ class FeaturesFirst(Contraction):
 
 
 class RadialWeightsFirst(Contraction):
-    """(hidden W) x, by way of (E, N_in · Q), the radial weights of every edge; matrix (N_in · Q, H)."""
+    """(hidden W) x, by way of (E, K · Q), the radial weights of every edge; matrix (K · Q, H)."""
+
+    stacks_features = True
 
     @staticmethod
-    def size(signs, n_in, n_out, hidden_dim):
-        return n_in * n_out
+    def size(S, K, Q, H):
+        return K * Q
 
     @staticmethod
     def matrix(weight):
-        return weight.permute(3, 4, 0, 1, 2, 5).reshape(-1, weight.shape[-1])
+        return weight.permute(0, 3, 4, 1, 2, 5).flatten(0, 4)
 
     @staticmethod
     def plain(x, hidden, matrix):
@@ -158,7 +171,8 @@ class RadialWeightsFirst(Contraction):
         radial, grad_radial = buffers
         if grad_x is not None:
             torch.mm(hidden, matrix.T, out=radial)
-            torch.bmm(grad, radial.view(len(x), x.shape[2], -1).transpose(1, 2), out=grad_x)
+            columns = grad.transpose(1, 2).contiguous()  # several times faster than a product with radial transposed
+            grad_x.copy_(torch.bmm(radial.view(len(x), x.shape[2], -1), columns).transpose(1, 2))
         torch.bmm(x.transpose(1, 2), grad, out=grad_radial.view(len(x), x.shape[2], -1))
         torch.mm(grad_radial, matrix, out=grad_hidden)
         return grad_radial, hidden
@@ -172,18 +186,30 @@ def contract(order: type[Contraction], x: Tensor, hidden: Tensor, weight: Tensor
 
     Args:
         order: order of contraction.
-        x: (E, S, N_in)
+        x: (E, S, N_in) features of +m and -m, N_in = ins · C_in.
         hidden: (E, H)
-        weight: (P, outs, C_out, ins, C_in, H) with ins · C_in = N_in; Q = P · outs · C_out.
+        weight: (P, outs, C_out, ins, C_in, H), parts A and B.
 
     Returns:
-        (E, S, Q), in the dtype of autocast if that is on.
+        (E, S, N_out) with N_out = outs · C_out, in the dtype of autocast if that is on.
     """
     device = x.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
     x, hidden, matrix = x.to(dtype), hidden.to(dtype), order.matrix(weight.to(dtype))
+    n_out = weight.shape[1:3].numel()
     with torch.autocast(device, enabled=False):
-        return _Chunked.apply(order, x, hidden, matrix, weight.shape[:3].numel())
+        if len(weight) == 1:
+            return _Chunked.apply(order, x, hidden, matrix, n_out)
+        if order.stacks_features:
+            return _Chunked.apply(order, torch.cat([x, _quarter_turn(x)], dim=2), hidden, matrix, n_out)
+        ax, bx = _Chunked.apply(order, x, hidden, matrix, 2 * n_out).unflatten(2, (2, n_out)).unbind(2)
+        return ax + _quarter_turn(bx)
+
+
+def _quarter_turn(x: Tensor) -> Tensor:
+    """(x+, x-) -> (-x-, x+), (E, 2, C)."""
+    plus, minus = x.unbind(1)
+    return torch.stack([-minus, plus], dim=1)
 
 
 class _Chunked(torch.autograd.Function):
@@ -233,6 +259,6 @@ class _Chunked(torch.autograd.Function):
 
 def _chunks(order: type[Contraction], x: Tensor, hidden: Tensor, n_out: int) -> tuple[list[slice], int]:
     """Slices of the edges, the longest first, and the numbers per edge in the intermediate."""
-    size = order.size(x.shape[1], x.shape[2], n_out, hidden.shape[1])
+    size = order.size(*x.shape[1:], n_out, hidden.shape[1])
     length = max(1, CHUNK_BYTES.get(x.device.type, CHUNK_BYTES["cuda"]) // (size * x.element_size()))
     return [slice(start, min(start + length, len(x))) for start in range(0, len(x), length)], size

@@ -176,9 +176,10 @@ def cheapest_order(
     for m in range(min(max(degrees_in), max(degrees_out)) + 1):
         signs = 1 if m == 0 else 2
         n_in = sum(degree >= m for degree in degrees_in) * channels_in
-        n_out = signs * sum(degree >= m for degree in degrees_out) * channels_out
+        n_out = sum(degree >= m for degree in degrees_out) * channels_out
         for order in ORDERS:
-            sizes[order] += order.size(signs, n_in, n_out, hidden_dim)
+            K, Q = (signs * n_in, n_out) if order.stacks_features else (n_in, signs * n_out)
+            sizes[order] += order.size(signs, K, Q, hidden_dim)
     return min(sizes, key=sizes.__getitem__)
 
 
@@ -369,10 +370,7 @@ class ConvSE3(nn.Module):
         for rectangle, rectangle_weights in zip(self._rectangles, weights, strict=True):
             hidden = rectangle.radial_func.hidden(scalars)
             for order, weight in enumerate(rectangle_weights):
-                product = contract(rectangle.order, x[rectangle.degrees_in, order], hidden, weight)
-                if order > 0:
-                    ax, bx = product.unflatten(2, (2, -1)).unbind(2)  # of +m and -m
-                    product = ax + bx.flip(1) * bx.new_tensor([[-1.0], [1.0]])
+                product = contract(rectangle.order, x[rectangle.degrees_in, order], hidden, weight)  # (E, S, N_out)
                 key = (rectangle.degrees_out, order)
                 z[key] = z[key] + product if key in z else product
 
