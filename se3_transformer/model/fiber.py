@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from itertools import product
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -108,10 +109,10 @@ class Fiber(dict):
 
         with D = num_features.
         """
-        import torch
-
-        fibers = [tensors[str(degree)] for degree in self.degrees]
-        return torch.cat([t.reshape(*t.shape[:-2], num_heads, -1) for t in fibers], dim=-1)
+        by_degree = [tensors[str(degree)] for degree in self.degrees]
+        sizes = [tensor.shape[-2:].numel() // num_heads for tensor in by_degree]
+        heads = [t.reshape(*t.shape[:-2], num_heads, size) for t, size in zip(by_degree, sizes, strict=True)]
+        return torch.cat(heads, dim=-1)
 
 
 def degree_to_dim(degree: int) -> int:

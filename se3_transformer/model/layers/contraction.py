@@ -173,7 +173,8 @@ class RadialWeightsFirst(Contraction):
             torch.mm(hidden, matrix.T, out=radial)
             columns = grad.transpose(1, 2).contiguous()  # several times faster than a product with radial transposed
             grad_x.copy_(torch.bmm(radial.view(len(x), x.shape[2], -1), columns).transpose(1, 2))
-        torch.bmm(x.transpose(1, 2), grad, out=grad_radial.view(len(x), x.shape[2], -1))
+        outer = torch.mul if x.shape[1] == 1 else torch.bmm  # the same for one row, and faster
+        outer(x.transpose(1, 2), grad, out=grad_radial.view(len(x), x.shape[2], -1))
         torch.mm(grad_radial, matrix, out=grad_hidden)
         return grad_radial, hidden
 
