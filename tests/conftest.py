@@ -10,6 +10,8 @@ ROOT = Path(__file__).parent.parent
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
+torch.set_num_threads(1)  # the tensors of the tests are so small that threads only wait for each other
+
 
 @pytest.fixture(autouse=True)
 def same_random_state():
