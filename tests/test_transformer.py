@@ -463,3 +463,24 @@ def test_state_of_one_dtype_loads_into_another():
 
 def test_random_features_have_the_fiber():
     assert Fiber.from_features(random_features({0: 3, 2: 1}, 4)) == Fiber({0: 3, 2: 1})
+
+
+def test_basis_may_be_used_again():
+    """A basis that was first used without gradients gives the gradients of one that was not, and is not changed."""
+    model = SE3Transformer(1, Fiber({0: 3}), Fiber.create(3, 4), Fiber({0: 2}), 2, 2, return_type=0).double()
+    sample = random_sample({0: 3})
+
+    def gradient(use_before: bool):
+        positions = sample.pos.detach().clone().requires_grad_()
+        relative_pos = positions[sample.dst] - positions[sample.src]
+        graph = Graph(sample.src, sample.dst, relative_pos, num_nodes=len(positions))
+        basis = get_basis(relative_pos, max_degree=2)
+        entries = set(basis)
+        if use_before:
+            with torch.no_grad():
+                model(graph, sample.node_feats, basis=basis)
+        model(graph, sample.node_feats, basis=basis).square().sum().backward()
+        assert set(basis) == entries
+        return positions.grad
+
+    assert_same(gradient(use_before=True), gradient(use_before=False), 1e-14)

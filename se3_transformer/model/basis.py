@@ -239,21 +239,31 @@ def split_orders(features: Tensor, degrees: tuple[int, ...]) -> list[Tensor]:
     return [part.unflatten(1, size) for part, size in zip(parts, sizes, strict=True)]
 
 
+class ForwardBasis(dict):
+    """A basis for one forward pass, in which the layers share what `frame_matrix` makes of it.
+
+    Kept longer, a matrix made without gradients could meet a pass that wants them.
+    """
+
+
 def frame_matrix(basis: dict[str, Tensor], degrees: tuple[int, ...]) -> Tensor:
-    """Rotation into the edge frame of features of several degrees at once, kept in `basis` for the next caller.
+    """Rotation into the edge frame of features of several degrees at once; a `ForwardBasis` keeps it.
 
     Returns:
         (E, rows, columns): columns are (degree, m) ordered by degree, rows the same ordered by (|m|, sign, degree), so
         that each |m| is a block of rows; see `split_orders`.
     """
     key = f"frames {degrees}"
-    if key not in basis:
-        total, start, columns = sum(2 * degree + 1 for degree in degrees), 0, []
-        for degree in degrees:
-            size = 2 * degree + 1
-            block = basis[str(degree)].transpose(1, 2)
-            columns.append(torch.nn.functional.pad(block, (start, total - start - size)))
-            start += size
-        rows = torch.tensor(order_rows(degrees), device=columns[0].device)
-        basis[key] = torch.cat(columns, dim=1).index_select(1, rows)
-    return basis[key]
+    if key in basis:
+        return basis[key]
+    total, start, columns = sum(2 * degree + 1 for degree in degrees), 0, []
+    for degree in degrees:
+        size = 2 * degree + 1
+        block = basis[str(degree)].transpose(1, 2)
+        columns.append(torch.nn.functional.pad(block, (start, total - start - size)))
+        start += size
+    rows = torch.tensor(order_rows(degrees), device=columns[0].device)
+    matrix = torch.cat(columns, dim=1).index_select(1, rows)
+    if isinstance(basis, ForwardBasis):
+        basis[key] = matrix
+    return matrix

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor, nn
 
-from se3_transformer.model.basis import check_relative_pos, get_basis
+from se3_transformer.model.basis import ForwardBasis, check_relative_pos, get_basis
 from se3_transformer.model.fiber import Fiber, degree_to_dim
 from se3_transformer.model.graph import Graph, as_graph
 from se3_transformer.model.layers import AttentionBlockSE3, ConvSE3, ConvSE3FuseLevel, GPooling, NormSE3
@@ -155,7 +155,7 @@ class SE3Transformer(nn.Module):
             check_basis(basis, self.max_degree, relative_pos)
 
         edge_feats = get_populated_edge_features(relative_pos, edge_feats)
-        node_feats = self.graph_modules(node_feats, edge_feats, graph=graph, basis=basis)
+        node_feats = self.graph_modules(node_feats, edge_feats, graph=graph, basis=ForwardBasis(basis))
         if self.pooling is not None:
             return self.pooling_module(node_feats, graph=graph)
         if self.return_type is not None:

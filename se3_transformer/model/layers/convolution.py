@@ -413,5 +413,5 @@ class ConvSE3(nn.Module):
                 weight = rectangle.isotropic_weight(degree)
                 x = self._source_features(node_feats, edge_feats, src, (degree,))
                 message = torch.einsum("oih,eh,emi->eom", weight, hidden, x)
-                out[degree] = out[degree].index_add(0, edges, message)
+                out[degree] = out[degree].index_add(0, edges, message.to(out[degree].dtype))
         return out
