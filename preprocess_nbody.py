@@ -8,7 +8,6 @@ Files that are already there are never overwritten. Put your own, in the layout 
 data/NAME_train.pkl, data/NAME_val.pkl and data/NAME_test.pkl, and they are taken instead.
 """
 
-import argparse
 import os
 import shlex
 import sys
@@ -19,8 +18,9 @@ from easydict import EasyDict
 
 from dataloader.cache import Cache, CacheError, CacheWriter, exclusive, open_cache
 from dataloader.nbody_files import describe_simulations, load_simulations, save_simulations
-from dataloader.nbody_protocols import PROTOCOLS, cache_settings
+from dataloader.nbody_protocols import cache_settings
 from dataloader.nbody_simulator import simulate
+from se3_transformer.runtime.settings import parse_settings, require
 
 SPLITS = ("train", "val", "test")
 SETTINGS = EasyDict(
@@ -29,16 +29,20 @@ SETTINGS = EasyDict(
     num_val=1000,  # simulations for validation
     num_test=1000,  # simulations for the test
     n_balls=5,  # particles a simulation
-    box_size=None,  # reflecting walls at ±box_size per axis, 0: none; default: the preset's
+    box_size=5.0,  # reflecting walls at ±box_size per axis; 0: none
     seed=0,  # of all random numbers; each split draws its own from it
     data_dir="data",  # where files and cache go
-    name=None,  # first part of the file names; default: nbody, or nbody_paper for the preset paper
+    name="nbody",  # first part of the file names
 )
+PRESETS = {
+    "readme": {},
+    "paper": {"name": "nbody_paper", "box_size": 0.0},
+}
 
 
 def main():
     began = time.perf_counter()
-    settings = parse_settings()
+    settings = parse_settings(SETTINGS, PRESETS, __doc__, check)
     data_dir = Path(settings.data_dir)
     cache_dir = data_dir / "cache" / settings.name
     command = shlex.join(["python", *sys.argv])
@@ -59,30 +63,11 @@ def main():
     report(cache, data_dir, settings, time.perf_counter() - began)
 
 
-def parse_settings() -> EasyDict:
-    """The settings with what the command line says, checked."""
-    types = {"box_size": float, "name": str}
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    for key, default in SETTINGS.items():
-        parser.add_argument(
-            f"--{key}",
-            type=types.get(key, type(default)),
-            default=default,
-            choices=list(PROTOCOLS) if key == "preset" else None,
-        )
-    settings = EasyDict(vars(parser.parse_args()))
-    if settings.box_size is None:
-        settings.box_size = PROTOCOLS[settings.preset]["box_size"]
-    if settings.name is None:
-        settings.name = "nbody" if settings.preset == "readme" else f"nbody_{settings.preset}"
-    for key, lowest in {"num_train": 1, "num_val": 1, "num_test": 1, "n_balls": 2, "box_size": 0, "seed": 0}.items():
-        if not lowest <= settings[key] < float("inf"):
-            parser.error(f"{key}: expected a finite number of at least {lowest}, got {settings[key]}")
+def check(settings: EasyDict) -> None:
+    """Raise ValueError for settings that make no sense."""
+    require(settings, {"num_train": 1, "num_val": 1, "num_test": 1, "n_balls": 2, "box_size": 0, "seed": 0})
     if not settings.name or Path(settings.name).name != settings.name:
-        parser.error(f"name: expected the first part of a file name, got {settings.name!r}")
-    return settings
+        raise ValueError(f"name must be the first part of a file name, got {settings.name!r}")
 
 
 def find_or_simulate(split: str, data_dir: Path, cache_dir: Path, settings: EasyDict, known: dict) -> dict:

@@ -8,16 +8,16 @@ import numpy as np
 LAYOUT_VERSION = 1  # of the arrays in an N-body cache: raise it with every change of what `dataloader.nbody` writes
 
 PROTOCOLS = {
-    # box_size: walls of the simulations; delta_frames: frames from start to target, 0.1 time units each;
+    # delta_frames: frames from start to target, 0.1 time units each;
     # eval_start_frames: where validation and test simulations start, see `eval_start_frames`
-    "readme": {"box_size": 5.0, "delta_frames": 5, "eval_start_frames": "spread"},
-    "paper": {"box_size": 0.0, "delta_frames": 10, "eval_start_frames": "first"},
+    "readme": {"delta_frames": 5, "eval_start_frames": "spread"},
+    "paper": {"delta_frames": 10, "eval_start_frames": "first"},
 }
 
 
 def cache_settings(protocol: str) -> dict:
     """What the cache of a protocol depends on besides its simulations."""
-    return {"layout": LAYOUT_VERSION} | {key: PROTOCOLS[protocol][key] for key in ("delta_frames", "eval_start_frames")}
+    return {"layout": LAYOUT_VERSION} | PROTOCOLS[protocol]
 
 
 def eval_start_frames(rule: str, num_simulations: int, num_start_frames: int) -> np.ndarray:

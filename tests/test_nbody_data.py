@@ -540,13 +540,13 @@ def test_only_what_is_missing_is_simulated(data_dir, capsys):
 
 
 @pytest.mark.parametrize(("flags", "message"), [
-    (["--num_trian", "5"], "unrecognized arguments: --num_trian 5"),
-    (["--num", "5"], "unrecognized arguments: --num 5"),
-    (["--num_train", "0"], "num_train: expected a finite number of at least 1, got 0"),
-    (["--n_balls", "1"], "n_balls: expected a finite number of at least 2, got 1"),
-    (["--box_size", "nan"], "box_size: expected a finite number of at least 0, got nan"),
+    (["--num_trian", "5"], "unknown argument --num_trian; did you mean --num_train?"),
+    (["--num", "5"], "unknown argument --num"),
+    (["--num_train", "0"], "num_train must be at least 1, got 0"),
+    (["--n_balls", "1"], "n_balls must be at least 2, got 1"),
+    (["--box_size", "nan"], "box_size must be at least 0, got nan"),
     (["--preset", "new"], "invalid choice: 'new'"),
-    (["--name", "a/b"], "name: expected the first part of a file name, got 'a/b'"),
+    (["--name", "a/b"], "name must be the first part of a file name, got 'a/b'"),
 ])  # fmt: skip
 def test_wrong_flags_are_refused(tmp_path, capsys, flags, message):
     with pytest.raises(SystemExit, match="2"):
