@@ -91,10 +91,13 @@ def main() -> None:
 
 def check(settings: EasyDict) -> None:
     """Raise ValueError for settings that make no sense."""
-    positive = "num_layers num_degrees num_channels num_heads channels_div epochs batch_size".split()
+    positive = ["num_layers", "num_degrees", "num_channels", "num_heads", "channels_div", "epochs", "batch_size"]
     require(settings, dict.fromkeys(positive, 1) | {"num_radial": 2, "num_start_frames": 0, "seed": 0, "threads": 0})
     require(settings, {"box_size": 0, "warmup_steps": 0})
-    require(settings, {"learning_rate": 0, "final_learning_rate": 0, "weight_decay": 0, "position_weight": 0})
+    require(settings, {"final_learning_rate": 0, "weight_decay": 0, "position_weight": 0})
+    for key in ("learning_rate", "max_grad_norm"):
+        if not 0 < settings[key] < float("inf"):
+            raise ValueError(f"{key} must be positive, got {settings[key]}")
     if not 0 <= settings.ema_decay < 1:
         raise ValueError(f"ema_decay must be in [0, 1), got {settings.ema_decay}")
 

@@ -39,6 +39,12 @@ def build(**options):
     return SE3Transformer(**{**settings, **options})
 
 
+def build_pooled(fiber_out, **options):
+    layers = dict(num_layers=1, num_heads=2, channels_div=2)
+    sizes = dict(num_degrees=2, num_channels=4, output_dim=1)
+    return SE3TransformerPooled(Fiber({0: 3}), Fiber(fiber_out), Fiber({}), **sizes, **layers, **options)
+
+
 @pytest.fixture(scope="module")
 def model():
     return build()
@@ -297,35 +303,14 @@ def test_pooling():
 @pytest.mark.parametrize("fiber_out", [{1: 4}, {0: 4, 1: 2}])
 def test_pooled_model_pools_scalars(fiber_out):
     with refused("degree 0|return_type|fiber_out"):
-        SE3TransformerPooled(
-            Fiber({0: 3}),
-            Fiber(fiber_out),
-            Fiber({}),
-            num_degrees=2,
-            num_channels=4,
-            output_dim=1,
-            num_layers=1,
-            num_heads=2,
-            channels_div=2,
-        )
+        build_pooled(fiber_out)
 
 
 @pytest.mark.parametrize(
     "build",
     [
         lambda **kwargs: build(**kwargs),
-        lambda **kwargs: SE3TransformerPooled(
-            Fiber({0: 3}),
-            Fiber({0: 4}),
-            Fiber({}),
-            num_degrees=2,
-            num_channels=4,
-            output_dim=1,
-            num_layers=1,
-            num_heads=2,
-            channels_div=2,
-            **kwargs,
-        ),
+        lambda **kwargs: build_pooled({0: 4}, **kwargs),
     ],
     ids=["SE3Transformer", "SE3TransformerPooled"],
 )

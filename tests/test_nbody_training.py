@@ -125,6 +125,7 @@ def test_interrupted_run_ends_with_the_same_bits(simulated):
     [
         (["--epoch", "3"], "did you mean --epochs"),
         (["--batch_size", "0"], "batch_size must be at least 1, got 0"),
+        (["--learning_rate", "0"], "learning_rate must be positive, got 0.0"),
         (["--num_heads", "3"], "do not divide by 3 heads"),
         (["--name", "missing"], "python preprocess_nbody.py"),
         (["--preset", "paper", "--name", "nbody"], "delta_frames"),

@@ -38,7 +38,7 @@ def compile_basis(device: str, enabled: bool = True) -> None:
     """Have torch.compile compile the basis on a type of device ('cpu', 'cuda'), just in time, or not.
 
     By default that is done on 'cuda' alone, where it saves launches. On a CPU the basis becomes about four times
-    faster, but it is a hundredth of a training step, and compiling takes seconds for every dtype and degree. Where
+    faster, but it is a hundredth of a training step, and compiling takes up to a minute for each dtype. Where
     compiling fails (no C++ compiler, no Triton), the basis is computed without it, after one warning; the numbers are
     the same up to rounding.
     """
