@@ -29,12 +29,14 @@ SETTINGS = EasyDict(
     name="nbody",  # the simulations: cache in data_dir/cache/name
     box_size=5.0,  # reflecting walls of the simulations, at ±box_size on each axis; 0: none
     run="",  # name of this run, for its files; by default that of the simulations
+    num_iterations=1,  # times that the network is applied on the way to the target, to where it has moved the particles
     num_layers=4,  # attention blocks
     num_degrees=4,  # degrees 0 … num_degrees-1 in the hidden layers
     num_channels=8,  # hidden channels of each degree
     num_heads=2,  # attention heads
     channels_div=4,  # keys and values have num_channels / channels_div channels
     num_radial=16,  # radial functions of the distance on each edge
+    num_train=0,  # train on this many first simulations; 0: on all
     num_start_frames=0,  # training starts at a random one of this many first frames; 0: of all
     epochs=100,  # passes over the simulations, one start frame each
     batch_size=128,  # simulations
@@ -50,7 +52,17 @@ SETTINGS = EasyDict(
 )
 PRESETS = {
     "readme": {},
-    "paper": {"name": "nbody_paper", "box_size": 0.0},
+    "paper": {
+        "name": "nbody_paper",
+        "box_size": 0.0,
+        "num_iterations": 5,
+        "num_layers": 2,
+        "num_degrees": 2,
+        "num_channels": 16,
+        "num_heads": 4,
+        "num_start_frames": 8,
+        "learning_rate": 3e-3,
+    },
 }
 
 
@@ -70,15 +82,21 @@ def main() -> None:
     )
 
     torch.manual_seed(settings.seed)
-    shape = ("box_size", "num_layers", "num_degrees", "num_channels", "num_heads", "channels_div", "num_radial")
-    network_settings = {"interval": train.interval, **{key: settings[key] for key in shape}}
+    shape = ["box_size", "num_iterations", "num_layers", "num_degrees", "num_channels", "num_heads", "channels_div"]
+    network_settings = {"interval": train.interval} | {key: settings[key] for key in [*shape, "num_radial"]}
     network = NBodyNetwork(**network_settings)
     parameters = sum(p.numel() for p in network.parameters())
-    print(f"{len(train):,} simulations of {train.num_particles} particles; {parameters:,} parameters")
-
     task = NBodyTask(
-        train, validation, settings.batch_size, settings.seed, settings.position_weight, settings.num_start_frames
+        train,
+        validation,
+        settings.batch_size,
+        settings.seed,
+        settings.position_weight,
+        settings.num_train,
+        settings.num_start_frames,
+        settings.num_iterations,
     )
+    print(f"{task.num_train:,} simulations of {train.num_particles} particles; {parameters:,} parameters")
     log_dir = Path("runs") / settings.run
     decisive = {key: value for key, value in settings.items() if key not in ("threads", "data_dir")}
     trainer = Trainer(network, task, decisive, last_path, best_path, log_dir, describe={"network": network_settings})
@@ -91,9 +109,11 @@ def main() -> None:
 
 def check(settings: EasyDict) -> None:
     """Raise ValueError for settings that make no sense."""
-    positive = ["num_layers", "num_degrees", "num_channels", "num_heads", "channels_div", "epochs", "batch_size"]
-    require(settings, dict.fromkeys(positive, 1) | {"num_radial": 2, "num_start_frames": 0, "seed": 0, "threads": 0})
-    require(settings, {"box_size": 0, "warmup_steps": 0})
+    positive = ["num_iterations", "num_layers", "num_degrees", "num_channels", "num_heads", "channels_div"]
+    require(settings, dict.fromkeys([*positive, "epochs", "batch_size"], 1) | {"num_radial": 2})
+    require(
+        settings, {"box_size": 0, "num_train": 0, "num_start_frames": 0, "warmup_steps": 0, "seed": 0, "threads": 0}
+    )
     require(settings, {"final_learning_rate": 0, "weight_decay": 0, "position_weight": 0})
     for key in ("learning_rate", "max_grad_norm"):
         if not 0 < settings[key] < float("inf"):
@@ -113,7 +133,7 @@ def report(network: NBodyNetwork, test: NBodyDataset, trainer: Trainer, settings
         "equivariance_error": symmetry,
         "best_epoch": best_epoch["epoch"],
         "validation": {key: best_epoch[f"val_{key}"] for key in ("mse_x", "mse_v")},
-        "simulations": {"train": len(trainer.task.train), "test": len(test)},
+        "simulations": {"train": trainer.task.num_train, "test": len(test)},
         "train_seconds": sum(facts["seconds"] for facts in trainer.history),
         "settings": trainer.settings,
     }

@@ -29,8 +29,8 @@ class NBodyBatch:
     positions: Tensor  # (B·n, 3) at the start frame
     velocities: Tensor  # (B·n, 3) at the start frame
     charges: Tensor  # (B·n, 1) ±1
-    displacement: Tensor  # (B·n, 3) target: positions at the target frame - positions
-    velocity_change: Tensor  # (B·n, 3) target: velocities at the target frame - velocities
+    displacement: Tensor  # (K, B·n, 3) positions at each of K target frames - positions
+    velocity_change: Tensor  # (K, B·n, 3) velocities at each of K target frames - velocities
     rotations: Tensor  # (B·n·(n-1), 3, 3) edge frames of positions[dst] - positions[src]
     src: LongTensor  # (B·n·(n-1),) node that an edge comes from
     dst: LongTensor  # (B·n·(n-1),) node that an edge goes to
@@ -94,16 +94,20 @@ class NBodyDataset:
         """Number of simulations S."""
         return len(self.positions)
 
-    def batch(self, simulations: LongTensor, start_frames: LongTensor | None = None) -> NBodyBatch:
+    def batch(
+        self, simulations: LongTensor, start_frames: LongTensor | None = None, num_targets: int = 1
+    ) -> NBodyBatch:
         """The graphs of some simulations at some start frames.
 
         Args:
             simulations: (B,) in 0 … S-1, on the CPU.
             start_frames: (B,) in 0 … T-1, on the CPU; None for validation and test, which have one each.
+            num_targets: K target frames, evenly spaced; the last is `delta_frames` after the start.
 
         Raises:
             IndexError: a simulation or start frame that is not in the cache.
-            ValueError: start frames are missing or not wanted, or of another shape than `simulations`.
+            ValueError: start frames are missing or not wanted, or of another shape than `simulations`; or
+                `delta_frames` is no multiple of `num_targets`.
         """
         if (start_frames is None) == (self.split == "train"):
             raise ValueError(
@@ -116,13 +120,16 @@ class NBodyDataset:
                 "expected simulations (B,) and start_frames (B,), got "
                 f"{tuple(simulations.shape)} and {tuple(start_frames.shape)}"
             )
+        if num_targets < 1 or self.delta_frames % num_targets:
+            raise ValueError(f"expected a number of targets that divides {self.delta_frames} frames, got {num_targets}")
         _check_range("simulations", simulations, len(self))
         _check_range("start_frames", start_frames, self.num_start_frames)
 
         device, B, n = self.positions.device, len(simulations), self.num_particles
         simulations, start_frames = simulations.to(device), start_frames.to(device)
         start = simulations * self.positions.shape[1] + start_frames  # (B,) rows of (S·F, …)
-        target = start + self.delta_frames
+        spacing = self.delta_frames // num_targets
+        target = start + spacing * torch.arange(1, num_targets + 1, device=device)[:, None]  # (K, B)
         positions, velocities = self.positions.flatten(0, 1), self.velocities.flatten(0, 1)  # (S·F, n, 3)
         x, v = positions[start], velocities[start]  # (B, n, 3)
         offsets = torch.arange(0, B * n, n, device=device)[:, None]
@@ -131,8 +138,8 @@ class NBodyDataset:
             positions=x.flatten(0, 1),
             velocities=v.flatten(0, 1),
             charges=self.charges[simulations].reshape(-1, 1),
-            displacement=(positions[target] - x).flatten(0, 1),
-            velocity_change=(velocities[target] - v).flatten(0, 1),
+            displacement=(positions[target] - x).flatten(1, 2),
+            velocity_change=(velocities[target] - v).flatten(1, 2),
             rotations=self.rotations[simulations * self.num_start_frames + start_frames].flatten(0, 1),
             src=src,
             dst=dst,

@@ -29,9 +29,13 @@ class NBodyNetwork(nn.Module):
     predicts the motion in free space, and the path is then folded back at the walls, exact for a path that is straight
     when it meets them.
 
+    With several iterations the same transformer is applied again to where it has moved the particles, on their new
+    edges (Iterative SE(3)-Transformers, Fuchs et al. 2021), each time over an equal part of the interval.
+
     Args:
         interval: time from start to target.
         box_size: reflecting walls at ±box_size on each axis; 0: none.
+        num_iterations: K, how often the transformer is applied on the way to the target.
         num_layers, num_degrees, num_channels, num_heads, channels_div: see `SE3Transformer`.
         num_radial: Gaussians of the log distance.
     """
@@ -40,6 +44,7 @@ class NBodyNetwork(nn.Module):
         self,
         interval: float,
         box_size: float,
+        num_iterations: int,
         num_layers: int,
         num_degrees: int,
         num_channels: int,
@@ -48,7 +53,7 @@ class NBodyNetwork(nn.Module):
         num_radial: int,
     ):
         super().__init__()
-        self.interval, self.box_size = interval, box_size
+        self.interval, self.box_size, self.num_iterations = interval, box_size, num_iterations
         self.register_buffer("centers", torch.linspace(*map(math.log, RADIAL_RANGE), num_radial), persistent=False)
         self.transformer = SE3Transformer(
             num_layers=num_layers,
@@ -62,15 +67,26 @@ class NBodyNetwork(nn.Module):
         )
 
     def forward(self, batch: NBodyBatch) -> tuple[Tensor, Tensor]:
-        """Predicted displacement and change of velocity, (N, 3) each."""
-        displacement, velocity_change = self.free_motion(batch)
-        if not self.box_size:
-            return displacement, velocity_change
-        end, sign = reflect(batch.positions + displacement, self.box_size)
-        return end - batch.positions, sign * (batch.velocities + velocity_change) - batch.velocities
+        """Predicted displacement and change of velocity since the start, (K, N, 3) each, after each iteration."""
+        return self.path(batch, self.box_size)
+
+    def path(self, batch: NBodyBatch, box_size: float) -> tuple[Tensor, Tensor]:
+        """What `forward` returns, between walls at ±box_size; without walls (0) it is equivariant."""
+        state, displacements, velocity_changes = batch, [], []
+        for _ in range(self.num_iterations):
+            displacement, velocity_change = self.free_motion(state)
+            positions, velocities = state.positions + displacement, state.velocities + velocity_change
+            if box_size:
+                positions, sign = reflect(positions, box_size)
+                velocities = sign * velocities
+            displacements.append(positions - batch.positions)
+            velocity_changes.append(velocities - batch.velocities)
+            frames = edge_frames(positions[batch.dst] - positions[batch.src])
+            state = replace(batch, positions=positions, velocities=velocities, rotations=frames)
+        return torch.stack(displacements), torch.stack(velocity_changes)
 
     def free_motion(self, batch: NBodyBatch) -> tuple[Tensor, Tensor]:
-        """Displacement and change of velocity as if there were no walls, (N, 3) each; these are equivariant."""
+        """Displacement and change of velocity, (N, 3) each, in one iteration as if there were no walls."""
         relative_pos = batch.positions[batch.dst] - batch.positions[batch.src]  # (E, 3)
         graph = Graph(
             batch.src,
@@ -86,8 +102,9 @@ class NBodyNetwork(nn.Module):
             node_feats[str(degree)] = speed * harmonics[str(degree)][:, None, :, degree]  # D_l(v) of the polar axis
         edge_feats = {"0": self.edge_scalars(batch, relative_pos).unsqueeze(-1)}
         basis = wigner_blocks(batch.rotations, self.transformer.max_degree)
-        added = self.interval * self.transformer(graph, node_feats, edge_feats, basis)["1"]  # (N, 2, 3)
-        return self.interval * batch.velocities + added[:, 0], added[:, 1]
+        interval = self.interval / self.num_iterations
+        added = interval * self.transformer(graph, node_feats, edge_feats, basis)["1"]  # (N, 2, 3)
+        return interval * batch.velocities + added[:, 0], added[:, 1]
 
     def edge_scalars(self, batch: NBodyBatch, relative_pos: Tensor) -> Tensor:
         """(E, 5 + 2·num_radial) invariants of every edge."""
@@ -123,7 +140,10 @@ class NBodyTask:
         batch_size: graphs in a batch.
         seed: of the order of simulations and of the start frames; each epoch has its own.
         position_weight: weight of the positions' mean squared error beside that of the velocities.
+        num_train: train on this many first simulations; 0: on all.
         num_start_frames: every epoch each simulation starts at a random frame of this many first ones; 0: of all.
+        num_targets: K frames on the way, the last of them the target, at which the loss is taken: the network's
+            iterations.
     """
 
     def __init__(
@@ -133,28 +153,37 @@ class NBodyTask:
         batch_size: int,
         seed: int,
         position_weight: float,
+        num_train: int,
         num_start_frames: int,
+        num_targets: int,
     ):
         self.train, self.validation = train, validation
         self.batch_size, self.seed = batch_size, seed
-        self.position_weight = position_weight
-        self.num_start_frames = num_start_frames or train.num_start_frames
-        if self.num_start_frames > train.num_start_frames:
+        self.position_weight, self.num_targets = position_weight, num_targets
+        if train.delta_frames % num_targets:
             raise ValueError(
-                f"num_start_frames must be at most {train.num_start_frames}, as many as the simulations have, "
-                f"got {num_start_frames}"
+                f"num_iterations must divide the {train.delta_frames} frames to the target, got {num_targets}"
             )
+        self.num_train = num_train or len(train)
+        self.num_start_frames = num_start_frames or train.num_start_frames
+        for name, value, most in (
+            ("num_train", self.num_train, len(train)),
+            ("num_start_frames", self.num_start_frames, train.num_start_frames),
+        ):
+            if value > most:
+                raise ValueError(f"{name} must be at most {most}, as many as there are, got {value}")
 
     def batches(self, epoch: int) -> list[tuple[Tensor, Tensor]]:
         """(simulations (B,), start frames (B,)) of every batch of an epoch."""
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-        simulations = torch.randperm(len(self.train), generator=generator)
+        simulations = torch.randperm(self.num_train, generator=generator)
         frames = torch.randint(self.num_start_frames, simulations.shape, generator=generator)
         return list(zip(simulations.split(self.batch_size), frames.split(self.batch_size), strict=True))
 
     def loss(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        error_x, error_v = squared_errors(model, self.train.batch(*batch))
-        return self.position_weight * error_x + error_v, {"mse_x": error_x, "mse_v": error_v}
+        errors = squared_errors(model, self.train.batch(*batch, num_targets=self.num_targets))  # (2, K)
+        error_x, error_v = errors.mean(dim=1)
+        return self.position_weight * error_x + error_v, {"mse_x": errors[0, -1], "mse_v": errors[1, -1]}
 
     def validate(self, model: nn.Module) -> dict[str, float]:
         """MSE x and v, and the equivariance error; the epoch is chosen by their geometric mean."""
@@ -167,13 +196,14 @@ class NBodyTask:
         }
 
 
-def squared_errors(model: nn.Module, batch: NBodyBatch) -> tuple[Tensor, Tensor]:
-    """Mean squared errors per coordinate of positions and velocities at the target."""
-    displacement, velocity_change = model(batch)
-    return (
-        (displacement - batch.displacement).square().mean(),
-        (velocity_change - batch.velocity_change).square().mean(),
-    )
+def squared_errors(model: nn.Module, batch: NBodyBatch) -> Tensor:
+    """Mean squared errors per coordinate, of positions and of velocities, after each iteration: (2, K).
+
+    A batch with one target is compared with the end of the path.
+    """
+    predicted = torch.stack(model(batch))  # (2, K, N, 3)
+    true = torch.stack([batch.displacement, batch.velocity_change])
+    return (predicted[:, -true.shape[1] :] - true).square().mean(dim=(2, 3))
 
 
 @torch.no_grad()
@@ -181,7 +211,7 @@ def evaluate(model: nn.Module, dataset: NBodyDataset) -> dict[str, float]:
     """MSE x and v of a model over all simulations of a validation or test split."""
     totals = torch.zeros(2, dtype=torch.float64)
     for simulations in torch.arange(len(dataset)).split(EVALUATION_BATCH):
-        totals += len(simulations) * torch.stack(squared_errors(model, dataset.batch(simulations))).double().cpu()
+        totals += len(simulations) * squared_errors(model, dataset.batch(simulations))[:, -1].double().cpu()
     mse_x, mse_v = (totals / len(dataset)).tolist()
     return {"mse_x": mse_x, "mse_v": mse_v}
 
@@ -202,8 +232,8 @@ def equivariance_error(model: nn.Module, batch: NBodyBatch) -> float:
         velocities=batch.velocities @ turn.T,
         rotations=edge_frames(positions[batch.dst] - positions[batch.src]),
     )
-    expected = torch.stack(model.free_motion(batch)) @ turn.T
-    return ((torch.stack(model.free_motion(turned)) - expected).norm() / expected.norm()).item()
+    expected = torch.stack(model.path(batch, box_size=0)) @ turn.T
+    return ((torch.stack(model.path(turned, box_size=0)) - expected).norm() / expected.norm()).item()
 
 
 def plot_trajectories(model: nn.Module, dataset: NBodyDataset, interval: float, num_panels: int = 6):
@@ -213,7 +243,7 @@ def plot_trajectories(model: nn.Module, dataset: NBodyDataset, interval: float, 
     simulations = torch.linspace(0, len(dataset) - 1, num_panels).long()
     batch = dataset.batch(simulations)
     with torch.no_grad():
-        displacement, _ = model(batch)
+        displacement = model(batch)[0][-1]
     n = batch.num_particles
     start = batch.positions.view(-1, n, 3)
     predicted = (batch.positions + displacement).view(-1, n, 3)

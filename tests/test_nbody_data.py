@@ -345,13 +345,15 @@ def rows(dataset, preset):
     return simulations, torch.tensor(spread if preset == "readme" else [0] * len(dataset)), (simulations,)
 
 
+@pytest.mark.parametrize("num_targets", [1, 5])
 @pytest.mark.parametrize("split", SIZES)
-def test_batches_hold_the_simulations(data_dir, preset, split):
+def test_batches_hold_the_simulations(data_dir, preset, split, num_targets):
     """Every graph that can be drawn, against the file, simulation by simulation."""
     dataset, data = open_split(data_dir, preset, split)
     simulations, frames, arguments = rows(dataset, preset)
-    batch = dataset.batch(*arguments)
+    batch = dataset.batch(*arguments, num_targets=num_targets)
     delta = {"readme": 5, "paper": 10}[preset]
+    targets = delta // num_targets * np.arange(1, num_targets + 1)
     assert (len(dataset), batch.num_graphs, batch.num_particles) == (SIZES[split], len(frames), 5)
     assert dataset.interval == pytest.approx(delta * 0.1)
     points, velocities = (data[key].astype(np.float32).swapaxes(2, 3) for key in ("points", "vel"))
@@ -360,12 +362,12 @@ def test_batches_hold_the_simulations(data_dir, preset, split):
         expected["positions"].append(points[s, t])
         expected["velocities"].append(velocities[s, t])
         expected["charges"].append(data["charges"][s])
-        expected["displacement"].append(points[s, t + delta] - points[s, t])
-        expected["velocity_change"].append(velocities[s, t + delta] - velocities[s, t])
+        expected["displacement"].append(points[s, t + targets] - points[s, t])
+        expected["velocity_change"].append(velocities[s, t + targets] - velocities[s, t])
     for name, values in expected.items():
         came = getattr(batch, name)
         assert came.dtype == torch.float32
-        np.testing.assert_array_equal(came.numpy(), np.concatenate(values), err_msg=name)
+        np.testing.assert_array_equal(came.numpy(), np.concatenate(values, axis=came.ndim - 2), err_msg=name)
 
 
 @pytest.mark.parametrize("split", SIZES)

@@ -84,7 +84,7 @@ def test_results_are_written_and_agree(simulated, trained):
     dataset = NBodyDataset(simulated / "data/cache/nbody", "test")
     batch = dataset.batch(torch.arange(10))
     with torch.no_grad():
-        displacement, _ = network(batch)
+        displacement = network(batch)[0]
     mse = (displacement - batch.displacement).square().mean().item()
     assert mse == pytest.approx(result["test"]["mse_x"], rel=1e-5)
 
@@ -128,6 +128,8 @@ def test_interrupted_run_ends_with_the_same_bits(simulated):
         (["--learning_rate", "0"], "learning_rate must be positive, got 0.0"),
         (["--num_heads", "3"], "do not divide by 3 heads"),
         (["--name", "missing"], "python preprocess_nbody.py"),
+        (["--num_train", "33"], "num_train must be at most 32, as many as there are, got 33"),
+        (["--num_iterations", "2"], "num_iterations must divide the 5 frames to the target, got 2"),
         (["--preset", "paper", "--name", "nbody"], "delta_frames"),
         (["--epochs", "3", "--learning_rate", "0.5", "--run", "whole"], "learning_rate 0.001 (now 0.5)"),
     ],
@@ -150,16 +152,18 @@ def test_loss_that_is_not_finite_stops_the_run(simulated):
 
 
 def test_preset_paper(simulated):
-    done = run("train_nbody.py", "--preset", "paper", *TINY, "--epochs", "1", cwd=simulated)
+    done = run("train_nbody.py", "--preset", "paper", "--num_train", "20", *TINY, "--epochs", "1", cwd=simulated)
     assert done.returncode == 0, done.stderr
     result = json.loads((simulated / "data/nbody_paper_result.json").read_text())
     assert result["settings"]["box_size"] == 0
+    assert result["simulations"]["train"] == 20
+    assert load_network(simulated / "data/nbody_paper_best.pt").num_iterations == 5
 
 
 def test_network_is_equivariant(simulated):
     torch.manual_seed(0)
     dataset = NBodyDataset(simulated / "data/cache/nbody", "train")
-    network = NBodyNetwork(0.5, 5.0, 2, 4, 8, 2, 4, 16)
+    network = NBodyNetwork(0.5, 5.0, 3, 2, 4, 8, 2, 4, 16)
     assert equivariance_error(network, dataset.batch(torch.arange(16), torch.arange(16))) < 1e-5
 
 
