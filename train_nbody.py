@@ -2,7 +2,7 @@
 
     python train_nbody.py                          # preset readme: results in data/nbody_result.json, runs/nbody
     python train_nbody.py --preset paper           # no walls, 10 frames ahead, from the first frame
-    python train_nbody.py --seed 1 --run nbody_s1  # another seed, under another name
+    python train_nbody.py --seed 1 --run_name nbody_s1  # another seed, under another name
     tensorboard --logdir runs
 
 Interrupted, it goes on where it was when the same command is given again; finished, it only prints its report.
@@ -20,15 +20,22 @@ from dataloader.nbody import NBodyDataset
 from dataloader.nbody_protocols import cache_settings
 from experiments.nbody import NBodyNetwork, NBodyTask, equivariance_error, evaluate, load_network, plot_trajectories
 from se3_transformer.runtime.checkpoint import CheckpointError
+from se3_transformer.runtime.distributed import is_main, process_group
 from se3_transformer.runtime.settings import parse_settings, require
-from se3_transformer.runtime.trainer import NonFiniteLoss, Trainer
+from se3_transformer.runtime.trainer import (
+    WITHOUT_INFLUENCE,
+    NonFiniteLoss,
+    OutOfTime,
+    Trainer,
+    check_training_settings,
+)
 
 SETTINGS = EasyDict(
     preset="readme",  # readme: with walls, 5 frames ahead; paper: without walls, 10 frames ahead
     data_dir="data",  # where the cache is, and where checkpoints and results go
     name="nbody",  # the simulations: cache in data_dir/cache/name
     box_size=5.0,  # reflecting walls of the simulations, at ±box_size on each axis; 0: none
-    run="",  # name of this run, for its files; by default that of the simulations
+    run_name="",  # name of this run, for its files; by default that of the simulations
     num_iterations=1,  # times that the network is applied on the way to the target, to where it has moved the particles
     num_layers=4,  # attention blocks
     num_degrees=4,  # degrees 0 … num_degrees-1 in the hidden layers
@@ -39,7 +46,8 @@ SETTINGS = EasyDict(
     num_train=0,  # train on this many first simulations; 0: on all
     num_start_frames=0,  # training starts at a random one of this many first frames; 0: of all
     epochs=100,  # passes over the simulations, one start frame each
-    batch_size=128,  # simulations
+    batch_size=128,  # simulations in an optimiser step, over all processes
+    accumulate=1,  # parts of a batch that are computed one after the other, to save memory
     learning_rate=1e-3,  # of Adam, at its highest
     final_learning_rate=1e-5,  # at the end of the cosine
     warmup_steps=100,  # steps of linear increase to the highest learning rate
@@ -47,8 +55,14 @@ SETTINGS = EasyDict(
     max_grad_norm=1.0,  # gradients are clipped to this norm
     ema_decay=0.995,  # of the moving average of weights that is validated and kept; 0: none
     position_weight=4.0,  # of MSE x in the loss, beside 1 for MSE v
+    precision="float32",  # of products: float32, tf32, bfloat16 or float16
     seed=0,  # of weights, order and start frames
+    device="auto",  # cpu, cuda, cuda:1, …; auto: cuda where there is any
     threads=0,  # CPU threads; 0: all
+    workers=0,  # processes that load batches on the CPU; 0: none but the training one
+    log_every=50,  # steps between two records
+    save_every=0,  # steps between two saved states, besides one after every epoch; 0: none
+    max_minutes=0.0,  # stop after this time, to go on another time; 0: no limit
 )
 PRESETS = {
     "readme": {},
@@ -68,16 +82,21 @@ PRESETS = {
 
 def main() -> None:
     settings = parse_settings(SETTINGS, PRESETS, __doc__, check)
-    settings.run = settings.run or settings.name
+    settings.run_name = settings.run_name or settings.name
     if settings.threads:
         torch.set_num_threads(settings.threads)
-    data_dir = Path(settings.data_dir)
-    best_path, last_path = data_dir / f"{settings.run}_best.pt", data_dir / f"{settings.run}_last.pt"
+    with process_group(settings.device) as device:
+        train(settings, device)
 
+
+def train(settings: EasyDict, device: torch.device) -> None:
+    """Train, or go on, and report."""
+    data_dir = Path(settings.data_dir)
+    best_path, last_path = data_dir / f"{settings.run_name}_best.pt", data_dir / f"{settings.run_name}_last.pt"
     cache_dir = data_dir / "cache" / settings.name
     rebuild = f"python preprocess_nbody.py --preset {settings.preset} --name {settings.name} --data_dir {data_dir}"
     train, validation, test = (
-        NBodyDataset(cache_dir, split, cache_settings(settings.preset), rebuild=rebuild)
+        NBodyDataset(cache_dir, split, cache_settings(settings.preset), device, rebuild)
         for split in ("train", "val", "test")
     )
 
@@ -85,41 +104,35 @@ def main() -> None:
     shape = ["box_size", "num_iterations", "num_layers", "num_degrees", "num_channels", "num_heads", "channels_div"]
     network_settings = {"interval": train.interval} | {key: settings[key] for key in [*shape, "num_radial"]}
     network = NBodyNetwork(**network_settings)
-    parameters = sum(p.numel() for p in network.parameters())
-    task = NBodyTask(
-        train,
-        validation,
-        settings.batch_size,
-        settings.seed,
-        settings.position_weight,
-        settings.num_train,
-        settings.num_start_frames,
-        settings.num_iterations,
+    task_settings = ("batch_size", "seed", "position_weight", "num_train", "num_start_frames")
+    task = NBodyTask(train, validation, *(settings[key] for key in task_settings), num_targets=settings.num_iterations)
+    trainer = Trainer(
+        network,
+        task,
+        {key: value for key, value in settings.items() if key not in WITHOUT_INFLUENCE | {"data_dir"}},
+        last_path,
+        best_path,
+        Path("runs") / settings.run_name,
+        describe={"network": network_settings},
+        device=device,
+        **{key: settings[key] for key in ("workers", "log_every", "save_every", "max_minutes")},
     )
-    print(f"{task.num_train:,} simulations of {train.num_particles} particles; {parameters:,} parameters")
-    log_dir = Path("runs") / settings.run
-    decisive = {key: value for key, value in settings.items() if key not in ("threads", "data_dir")}
-    trainer = Trainer(network, task, decisive, last_path, best_path, log_dir, describe={"network": network_settings})
-    if trainer.step:
-        print(f"going on after epoch {trainer.epoch} of {settings.epochs} ({last_path})")
+    if is_main():
+        parameters = sum(p.numel() for p in network.parameters())
+        print(f"{task.num_train:,} simulations of {train.num_particles} particles; {parameters:,} parameters")
+        if trainer.step:
+            print(f"going on after epoch {trainer.epoch} of {settings.epochs} ({last_path})")
     trainer.train()
-
-    report(load_network(best_path), test, trainer, settings, best_path)
+    if is_main():
+        report(load_network(best_path).to(device), test, trainer, settings, best_path)
 
 
 def check(settings: EasyDict) -> None:
     """Raise ValueError for settings that make no sense."""
     positive = ["num_iterations", "num_layers", "num_degrees", "num_channels", "num_heads", "channels_div"]
-    require(settings, dict.fromkeys([*positive, "epochs", "batch_size"], 1) | {"num_radial": 2})
-    require(
-        settings, {"box_size": 0, "num_train": 0, "num_start_frames": 0, "warmup_steps": 0, "seed": 0, "threads": 0}
-    )
-    require(settings, {"final_learning_rate": 0, "weight_decay": 0, "position_weight": 0})
-    for key in ("learning_rate", "max_grad_norm"):
-        if not 0 < settings[key] < float("inf"):
-            raise ValueError(f"{key} must be positive, got {settings[key]}")
-    if not 0 <= settings.ema_decay < 1:
-        raise ValueError(f"ema_decay must be in [0, 1), got {settings.ema_decay}")
+    require(settings, dict.fromkeys(positive, 1) | {"num_radial": 2})
+    require(settings, dict.fromkeys(["box_size", "num_train", "num_start_frames", "position_weight"], 0))
+    check_training_settings(settings)
 
 
 def report(network: NBodyNetwork, test: NBodyDataset, trainer: Trainer, settings: EasyDict, best_path: Path) -> None:
@@ -137,15 +150,13 @@ def report(network: NBodyNetwork, test: NBodyDataset, trainer: Trainer, settings
         "train_seconds": sum(facts["seconds"] for facts in trainer.history),
         "settings": trainer.settings,
     }
-    result_path = best_path.with_name(f"{settings.run}_result.json")
+    result_path = best_path.with_name(f"{settings.run_name}_result.json")
     result_path.write_text(json.dumps(result, indent=1) + "\n")
-    figure = plot_trajectories(network, test, network.interval)
-    figure_path = best_path.with_name(f"{settings.run}_trajectories.png")
+    figure = plot_trajectories(network, test)
+    figure_path = best_path.with_name(f"{settings.run_name}_trajectories.png")
     figure.savefig(figure_path, dpi=110)
-    trainer.writer.add_figure("test/trajectories", figure, trainer.step)
-    for key, value in errors.items():
-        trainer.writer.add_scalar(f"test/{key}", value, trainer.step)
-    trainer.writer.close()
+    trainer.log.figure("test/trajectories", figure, trainer.step)
+    trainer.log.outcome(trainer.settings, errors, trainer.step)
 
     rows = {
         "no change": (baselines["no_change_x"], baselines["no_change_v"]),
@@ -165,5 +176,5 @@ if __name__ == "__main__":
         main()
     except (CacheError, CheckpointError, NonFiniteLoss, ValueError, OSError) as error:
         sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("interrupted: the same command goes on from here")
+    except (KeyboardInterrupt, OutOfTime) as stop:
+        sys.exit(f"{'interrupted' if isinstance(stop, KeyboardInterrupt) else 'out of time'}: the same command goes on")

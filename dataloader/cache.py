@@ -82,6 +82,7 @@ class CacheWriter:
     def create(self, name: str, shape: tuple[int, ...], dtype) -> np.ndarray:
         """A new array on disk, to be filled before the end."""
         path = self._building / f"{name}.npy"
+        shape = tuple(map(int, shape))  # NumPy's integers would not be written as plain numbers
         self._arrays[name] = np.lib.format.open_memmap(path, mode="w+", shape=shape, dtype=np.dtype(dtype))
         return self._arrays[name]
 

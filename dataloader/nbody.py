@@ -37,10 +37,12 @@ class NBodyBatch:
     num_graphs: int  # B
     num_particles: int  # n
 
-    def to(self, device) -> NBodyBatch:
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> NBodyBatch:
         """The same batch on another device."""
         values = (getattr(self, field.name) for field in fields(self))
-        return NBodyBatch(*(value.to(device) if isinstance(value, Tensor) else value for value in values))
+        return NBodyBatch(
+            *(value.to(device, non_blocking=non_blocking) if isinstance(value, Tensor) else value for value in values)
+        )
 
 
 class NBodyDataset:

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
+from matplotlib.figure import Figure  # made without pyplot: needs no display, nothing to close
 from torch import Tensor, nn
 
 from dataloader.nbody import NBodyBatch, NBodyDataset
 from se3_transformer.model import Fiber, Graph, SE3Transformer
 from se3_transformer.model.basis import edge_frames, wigner_blocks
+from se3_transformer.runtime.checkpoint import load_checkpoint
+from se3_transformer.runtime.distributed import rank, sum_over_processes, world_size
 
 RADIAL_RANGE = 0.05, 8.0  # distances at which the first and the last radial function peak
 EVALUATION_BATCH = 500  # graphs
@@ -173,19 +177,22 @@ class NBodyTask:
             if value > most:
                 raise ValueError(f"{name} must be at most {most}, as many as there are, got {value}")
 
-    def batches(self, epoch: int) -> list[tuple[Tensor, Tensor]]:
-        """(simulations (B,), start frames (B,)) of every batch of an epoch."""
+    def batches(self, epoch: int) -> Sequence[Tensor]:
+        """(B, 2) simulation and start frame of each example, for every batch of an epoch."""
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
         simulations = torch.randperm(self.num_train, generator=generator)
         frames = torch.randint(self.num_start_frames, simulations.shape, generator=generator)
-        return list(zip(simulations.split(self.batch_size), frames.split(self.batch_size), strict=True))
+        return torch.stack([simulations, frames], dim=1).split(self.batch_size)
 
-    def loss(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        errors = squared_errors(model, self.train.batch(*batch, num_targets=self.num_targets))  # (2, K)
+    def load(self, examples: Tensor) -> NBodyBatch:
+        return self.train.batch(*examples.unbind(1), num_targets=self.num_targets)
+
+    def loss(self, model: nn.Module, batch: NBodyBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        errors = squared_errors(model, batch)  # (2, K)
         error_x, error_v = errors.mean(dim=1)
         return self.position_weight * error_x + error_v, {"mse_x": errors[0, -1], "mse_v": errors[1, -1]}
 
-    def validate(self, model: nn.Module) -> dict[str, float]:
+    def validate(self, model: NBodyNetwork) -> dict[str, float]:
         """MSE x and v, and the equivariance error; the epoch is chosen by their geometric mean."""
         errors = evaluate(model, self.validation)
         return errors | {
@@ -194,6 +201,9 @@ class NBodyTask:
                 model, self.validation.batch(torch.arange(min(64, len(self.validation))))
             ),
         }
+
+    def figures(self, model: NBodyNetwork) -> dict:
+        return {"trajectories": plot_trajectories(model, self.validation)}
 
 
 def squared_errors(model: nn.Module, batch: NBodyBatch) -> Tensor:
@@ -208,11 +218,12 @@ def squared_errors(model: nn.Module, batch: NBodyBatch) -> Tensor:
 
 @torch.no_grad()
 def evaluate(model: nn.Module, dataset: NBodyDataset) -> dict[str, float]:
-    """MSE x and v of a model over all simulations of a validation or test split."""
-    totals = torch.zeros(2, dtype=torch.float64)
-    for simulations in torch.arange(len(dataset)).split(EVALUATION_BATCH):
-        totals += len(simulations) * squared_errors(model, dataset.batch(simulations))[:, -1].double().cpu()
-    mse_x, mse_v = (totals / len(dataset)).tolist()
+    """MSE x and v of a model over all simulations of a validation or test split, shared by all processes."""
+    totals = torch.zeros(2, dtype=torch.float64, device=dataset.positions.device)
+    share = torch.arange(rank(), len(dataset), world_size())
+    for simulations in share.split(EVALUATION_BATCH):
+        totals += len(simulations) * squared_errors(model, dataset.batch(simulations))[:, -1].double()
+    mse_x, mse_v = (sum_over_processes(totals) / len(dataset)).tolist()
     return {"mse_x": mse_x, "mse_v": mse_v}
 
 
@@ -236,21 +247,19 @@ def equivariance_error(model: nn.Module, batch: NBodyBatch) -> float:
     return ((torch.stack(model.path(turned, box_size=0)) - expected).norm() / expected.norm()).item()
 
 
-def plot_trajectories(model: nn.Module, dataset: NBodyDataset, interval: float, num_panels: int = 6):
+def plot_trajectories(model: NBodyNetwork, dataset: NBodyDataset, num_panels: int = 6) -> Figure:
     """Figure of simulations seen along z: true paths, predicted end points, end points at constant velocity."""
-    from matplotlib.figure import Figure  # the figure is not registered with pyplot: no display, nothing to close
-
     simulations = torch.linspace(0, len(dataset) - 1, num_panels).long()
     batch = dataset.batch(simulations)
     with torch.no_grad():
         displacement = model(batch)[0][-1]
     n = batch.num_particles
-    start = batch.positions.view(-1, n, 3)
-    predicted = (batch.positions + displacement).view(-1, n, 3)
-    straight = (batch.positions + interval * batch.velocities).view(-1, n, 3)
+    start = batch.positions
+    predicted, straight = start + displacement, start + model.interval * batch.velocities
+    start, predicted, straight = (points.view(-1, n, 3).cpu() for points in (start, predicted, straight))
     figure = Figure(figsize=(12, 7.5), layout="constrained")
     for panel, axes in enumerate(figure.subplots(2, (num_panels + 1) // 2).flat[:num_panels]):
-        path = dataset.positions[simulations[panel]]  # (F, n, 3)
+        path = dataset.positions[simulations[panel]].cpu()  # (F, n, 3)
         for particle in range(n):
             color = "tab:red" if batch.charges.view(-1, n)[panel, particle] > 0 else "tab:blue"
             axes.plot(*path[:, particle, :2].T, color=color, lw=1.5)
@@ -271,8 +280,6 @@ def plot_trajectories(model: nn.Module, dataset: NBodyDataset, interval: float, 
 
 def load_network(path: str | Path) -> NBodyNetwork:
     """The trained network of a checkpoint that `train_nbody.py` wrote, ready to predict."""
-    from se3_transformer.runtime.checkpoint import load_checkpoint
-
     content = load_checkpoint(path)
     network = NBodyNetwork(**content["network"])
     network.load_state_dict(content["model"])

@@ -1,57 +1,20 @@
 """N-body training from the command line, on tiny caches: results, resume, faults."""
 
-import contextlib
-import io
 import json
-import os
-import runpy
 import signal
-import subprocess
-import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
+from scripts import ROOT, Done, run, start
 
 from dataloader.nbody import NBodyDataset
 from experiments.nbody import NBodyNetwork, equivariance_error, load_network, reflect
-from se3_transformer.runtime.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
-from se3_transformer.runtime.settings import parse_settings
-from se3_transformer.runtime.trainer import cosine_schedule
+from se3_transformer.runtime.checkpoint import load_checkpoint
 
-ROOT = Path(__file__).parent.parent
 TINY = ["--num_layers", "1", "--num_degrees", "2", "--num_channels", "4", "--num_heads", "1", "--batch_size", "8"]
 TINY += ["--channels_div", "2", "--warmup_steps", "2", "--threads", "1"]
-
-
-@dataclass
-class Done:
-    returncode: int
-    stdout: str
-    stderr: str
-
-
-def run(script: str, *flags: str, cwd: Path) -> Done:
-    """Run a script as the command line would, but in this process: importing torch anew takes longer than training."""
-    out, err, code = io.StringIO(), io.StringIO(), 0
-    with (
-        contextlib.redirect_stdout(out),
-        contextlib.redirect_stderr(err),
-        contextlib.chdir(cwd),
-        pytest.MonkeyPatch.context() as patch,
-    ):
-        patch.setattr(sys, "argv", [script, *flags])
-        threads = torch.get_num_threads()
-        try:
-            runpy.run_path(str(ROOT / script), run_name="__main__")
-        except SystemExit as stop:
-            code = stop.code if isinstance(stop.code, int) else 1
-            err.write(stop.code if isinstance(stop.code, str) else "")
-        finally:
-            torch.set_num_threads(threads)
-    return Done(code, out.getvalue(), err.getvalue())
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +30,7 @@ def simulated(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def trained(simulated) -> Done:
-    done = run("train_nbody.py", *TINY, "--epochs", "3", "--run", "whole", cwd=simulated)
+    done = run("train_nbody.py", *TINY, "--epochs", "3", "--run_name", "whole", cwd=simulated)
     assert done.returncode == 0, done.stderr
     return done
 
@@ -90,26 +53,25 @@ def test_results_are_written_and_agree(simulated, trained):
 
 
 def test_finished_run_only_reports(simulated, trained):
-    again = run("train_nbody.py", *TINY, "--epochs", "3", "--run", "whole", cwd=simulated)
+    again = run("train_nbody.py", *TINY, "--epochs", "3", "--run_name", "whole", cwd=simulated)
     assert again.returncode == 0, again.stderr
     assert again.stdout.splitlines()[-8:] == trained.stdout.splitlines()[-8:]
 
 
 def test_interrupted_run_ends_with_the_same_bits(simulated):
     flags = [*TINY, "--epochs", "15"]
-    assert run("train_nbody.py", *flags, "--run", "straight", cwd=simulated).returncode == 0
-    command = [sys.executable, str(ROOT / "train_nbody.py"), *flags, "--run", "broken"]
-    process = subprocess.Popen(command, cwd=simulated, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert run("train_nbody.py", *flags, "--run_name", "straight", cwd=simulated).returncode == 0
+    process = start(str(ROOT / "train_nbody.py"), *flags, "--run_name", "broken", cwd=simulated)
     last = simulated / "data/broken_last.pt"
     deadline = time.time() + 120
     while not last.exists() and time.time() < deadline:
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
     _, stderr = process.communicate(timeout=60)
-    assert process.returncode != 0 and "goes on from here" in stderr
+    assert process.returncode != 0 and "the same command goes on" in stderr
     stopped_at = load_checkpoint(last)
     assert (stopped_at["epoch"], stopped_at["step_in_epoch"]) < (15, 0)
-    assert run("train_nbody.py", *flags, "--run", "broken", cwd=simulated).returncode == 0
+    assert run("train_nbody.py", *flags, "--run_name", "broken", cwd=simulated).returncode == 0
     straight, broken = (load_checkpoint(simulated / f"data/{name}_last.pt") for name in ("straight", "broken"))
     for part in ("model", "averaged"):
         for name, value in straight[part].items():
@@ -131,7 +93,7 @@ def test_interrupted_run_ends_with_the_same_bits(simulated):
         (["--num_train", "33"], "num_train must be at most 32, as many as there are, got 33"),
         (["--num_iterations", "2"], "num_iterations must divide the 5 frames to the target, got 2"),
         (["--preset", "paper", "--name", "nbody"], "delta_frames"),
-        (["--epochs", "3", "--learning_rate", "0.5", "--run", "whole"], "learning_rate 0.001 (now 0.5)"),
+        (["--epochs", "3", "--learning_rate", "0.5", "--run_name", "whole"], "learning_rate 0.001 (now 0.5)"),
     ],
 )
 def test_faults_are_named(simulated, trained, flags, message):
@@ -143,9 +105,8 @@ def test_faults_are_named(simulated, trained, flags, message):
 
 
 def test_loss_that_is_not_finite_stops_the_run(simulated):
-    done = run(
-        "train_nbody.py", *TINY, "--learning_rate", "1e30", "--max_grad_norm", "1e30", "--run", "nan", cwd=simulated
-    )
+    flags = [*TINY, "--learning_rate", "1e30", "--max_grad_norm", "1e30", "--run_name", "nan"]
+    done = run("train_nbody.py", *flags, cwd=simulated)
     assert done.returncode != 0 and "Traceback" not in done.stderr
     assert "epoch" in done.stderr and "batch" in done.stderr and "nan_last.pt" in done.stderr
     assert (simulated / "data/nan_last.pt").exists()
@@ -180,47 +141,3 @@ def test_reflect_equals_many_small_steps():
         position = torch.where(position > 5, 10 - position, torch.where(position < -5, -10 - position, position))
     torch.testing.assert_close(end, position, rtol=0, atol=1e-8)
     torch.testing.assert_close(sign * v, velocity)
-
-
-def test_schedule():
-    factor = cosine_schedule(num_steps=110, warmup_steps=10, final=0.1)
-    assert [factor(0), factor(9), factor(10)] == pytest.approx([0.1, 1.0, 1.0])
-    assert factor(60) == pytest.approx(0.55)
-    assert factor(110) == pytest.approx(0.1)
-
-
-def test_truncated_checkpoint_is_named(tmp_path):
-    path = tmp_path / "a.pt"
-    save_checkpoint(path, {"weights": torch.randn(1000)})
-    path.write_bytes(path.read_bytes()[:-500])
-    with pytest.raises(CheckpointError, match=r"a\.pt"):
-        load_checkpoint(path)
-
-
-def test_malicious_checkpoint_is_refused(tmp_path):
-    class Harm:
-        def __reduce__(self):
-            return os.mkdir, (str(tmp_path / "harm"),)
-
-    torch.save({"model": Harm()}, tmp_path / "bad.pt")
-    with pytest.raises(CheckpointError, match=r"bad\.pt"):
-        load_checkpoint(tmp_path / "bad.pt")
-    assert not (tmp_path / "harm").exists()
-
-
-def test_failed_write_keeps_the_old_checkpoint(tmp_path):
-    path = tmp_path / "a.pt"
-    save_checkpoint(path, {"value": 1})
-    with pytest.raises(Exception, match="pickle"):
-        save_checkpoint(path, {"value": lambda: None})
-    assert load_checkpoint(path) == {"value": 1}
-    assert [file.name for file in tmp_path.iterdir()] == ["a.pt"]
-
-
-def test_preset_yields_to_flags():
-    defaults = {"preset": "small", "width": 1, "rate": 0.5, "flag": False}
-    presets = {"small": {}, "large": {"width": 10, "rate": 0.1}}
-    settings = parse_settings(
-        defaults, presets, "", lambda s: None, ["--preset", "large", "--rate", "0.2", "--flag", "yes"]
-    )
-    assert settings == {"preset": "large", "width": 10, "rate": 0.2, "flag": True}

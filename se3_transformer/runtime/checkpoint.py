@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import sys
 from pathlib import Path
 
 import torch
@@ -13,16 +14,24 @@ class CheckpointError(Exception):
     """A checkpoint that cannot be used; the message names the file and what is wrong with it."""
 
 
-def save_checkpoint(path: str | Path, content: dict) -> None:
-    """Write `content` (tensors and plain values) to `path` so that a reader finds the old file or the whole new one."""
+def save_checkpoint(path: str | Path, content: dict, keep_previous: bool = False) -> None:
+    """Write `content` (tensors and plain values) to `path` so that a reader finds the old file or the whole new one.
+
+    Args:
+        path: the file.
+        content: what to save.
+        keep_previous: rename the file that is there to `previous_path(path)` instead of replacing it.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.writing")  # what a killed process left is overwritten
     try:
         with open(temporary, "wb") as file:
             torch.save(content, file)
             file.flush()
             os.fsync(file.fileno())
+        if keep_previous and path.exists():
+            os.replace(path, previous_path(path))
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -44,3 +53,35 @@ def load_checkpoint(path: str | Path, map_location: str | torch.device = "cpu") 
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: expected a dict, got {type(content).__name__}")
     return content
+
+
+def load_latest_checkpoint(path: str | Path) -> tuple[dict, Path] | None:
+    """The checkpoint at `path`, or the one before it where that is missing or damaged, and its file; None: neither.
+
+    A damaged file is named on stderr.
+
+    Raises:
+        CheckpointError: there are files, but none can be read.
+    """
+    error = None
+    for candidate in (Path(path), previous_path(path)):
+        try:
+            content = load_checkpoint(candidate)
+        except FileNotFoundError:
+            continue
+        except CheckpointError as failure:
+            print(f"warning: {failure}", file=sys.stderr)
+            error = error or failure
+            continue
+        if error:
+            print(f"warning: going on from the one before it, {candidate}", file=sys.stderr)
+        return content, candidate
+    if error:
+        raise CheckpointError(f"{error}. There is no other to go on from; delete the file to start anew")
+    return None
+
+
+def previous_path(path: str | Path) -> Path:
+    """Where the checkpoint before the one at `path` is kept."""
+    path = Path(path)
+    return path.with_name(f"{path.stem}.previous{path.suffix}")

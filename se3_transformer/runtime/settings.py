@@ -31,7 +31,8 @@ def parse_settings(
     """The settings of a run: defaults, overridden by those of the preset, overridden by flags of the command line.
 
     Args:
-        defaults: every setting, with `preset` among them; the type of a default is the type of its flag.
+        defaults: every setting, with `preset` among them if there are presets; the type of a default is the type of its
+            flag.
         presets: settings by name of preset; a preset may only name settings that are in `defaults`.
         description: help text, the docstring of the script.
         check: raises ValueError for values that make no sense.
@@ -42,7 +43,8 @@ def parse_settings(
     parser = SettingsParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--preset", choices=list(presets), default=defaults["preset"])
+    if presets:
+        parser.add_argument("--preset", choices=list(presets), default=defaults["preset"])
     for key, default in defaults.items():
         if key == "preset":
             continue
@@ -51,10 +53,10 @@ def parse_settings(
             f"--{key}", type=kind, default=argparse.SUPPRESS, metavar=type(default).__name__, help=f"default {default}"
         )
     given = vars(parser.parse_args(args))
-    settings = EasyDict({**defaults, **presets[given["preset"]], **given})
-    unknown = set(settings) - set(defaults)
-    if unknown:
+    preset = presets[given["preset"]] if presets else {}
+    if unknown := set(preset) - set(defaults):
         raise KeyError(f"preset {given['preset']} names unknown settings {sorted(unknown)}")
+    settings = EasyDict({**defaults, **preset, **given})
     try:
         check(settings)
     except ValueError as error:

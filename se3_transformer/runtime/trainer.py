@@ -6,50 +6,117 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from threading import Event
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from torch.utils.tensorboard import SummaryWriter
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from se3_transformer.runtime.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from se3_transformer.runtime.checkpoint import CheckpointError, load_latest_checkpoint, save_checkpoint
+from se3_transformer.runtime.distributed import (
+    any_process,
+    barrier,
+    is_main,
+    rank,
+    sum_over_processes,
+    world_size,
+)
+from se3_transformer.runtime.log import RunLog
+from se3_transformer.runtime.settings import require
+
+PRECISIONS = {  # what products are computed in; weights and sums stay float32
+    "float32": None,
+    "tf32": None,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+WITHOUT_INFLUENCE = {  # settings that do not change what is learned: a run may go on with others
+    "device",
+    "threads",
+    "workers",
+    "log_every",
+    "save_every",
+    "max_minutes",
+}
+WARMUP_OF_BENCHMARK = 5  # steps that are not timed
 
 
 class Task(Protocol):
     """What a trainer has to know of an experiment."""
 
-    def batches(self, epoch: int) -> Sequence:
-        """The training batches of an epoch; the same for the same epoch, whatever happened before."""
+    def batches(self, epoch: int) -> Sequence[Tensor]:
+        """The training batches of an epoch, a row for each example: the same for the same epoch, whatever was before.
 
-    def loss(self, model: nn.Module, batch: object) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss of a batch, and further scalars to log."""
+        A batch is what one optimiser step sees, over all processes.
+        """
+
+    def load(self, examples: Tensor) -> Any:
+        """The batch with these rows, with a method `to(device, non_blocking)`."""
+
+    def loss(self, model: nn.Module, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        """Mean loss over the examples of a batch, and further means to log."""
 
     def validate(self, model: nn.Module) -> dict[str, float]:
-        """Errors on the validation set; `selection` among them chooses the best epoch, lower is better."""
+        """Errors on the validation set; `selection` among them chooses the best epoch, lower is better.
+
+        Every process evaluates its share and gets the same result.
+        """
+
+    def figures(self, model: nn.Module) -> dict:
+        """Figures to record after each validation, by name; the main process alone is asked."""
 
 
 class NonFiniteLoss(RuntimeError):
-    """The loss is NaN or infinite; the message says where, and where the state before that step was saved."""
+    """Loss or gradient is NaN or infinite; the message says where, and which saved state comes before that step."""
+
+
+class OutOfTime(Exception):
+    """The time that the run was given is over; its state is saved."""
+
+
+class _Parts(Dataset):
+    """What `Task.load` makes of some examples, in the worker processes of a `DataLoader`."""
+
+    def __init__(self, task: Task):
+        self.task = task
+
+    def __getitem__(self, examples: Tensor) -> Any:
+        return self.task.load(examples)
 
 
 class Trainer:
     """Trains a model on a task.
 
+    With several processes (see `runtime.distributed`) each takes its share of every batch, so that results do not
+    depend on their number, nor on `accumulate`, but for rounding. A run that was killed goes on from its last saved
+    state, and ends with the same bits as one that was not.
+
     Args:
         model: the network.
         task: the experiment.
-        settings: epochs, batch_size, learning_rate, final_learning_rate, warmup_steps, weight_decay, max_grad_norm,
-            ema_decay (0: none), and whatever identifies the run.
-        last_path: file of the state to resume from, written after every epoch.
+        settings: what decides the result: epochs, learning_rate, final_learning_rate, warmup_steps, weight_decay,
+            max_grad_norm, ema_decay (0: none), accumulate (parts of a batch that are computed one after the other),
+            precision (see `PRECISIONS`), and whatever else identifies the run.
+        last_path: file of the state to resume from; the one before it is kept beside it.
         best_path: file of the best weights.
-        log_dir: directory for TensorBoard.
+        log_dir: directory for TensorBoard and `log.jsonl`.
         describe: further content of the best checkpoint (fibers, statistics, …).
+        device: where to train.
+        workers: processes that load batches; 0: this one.
+        log_every: steps between two records; on a GPU also between two looks at whether the loss is finite.
+        save_every: save the state after this many steps too, not only after every epoch; 0: do not.
+        max_minutes: stop after this time, with the state saved; 0: no limit.
+
+    Raises:
+        CheckpointError: the saved state cannot be read, or was made with other settings.
     """
 
     def __init__(
@@ -61,9 +128,17 @@ class Trainer:
         best_path: str | Path,
         log_dir: str | Path,
         describe: dict,
+        device: torch.device | str = "cpu",
+        workers: int = 0,
+        log_every: int = 50,
+        save_every: int = 0,
+        max_minutes: float = 0,
     ):
-        self.model, self.task, self.settings = model, task, dict(settings)
+        self.device = torch.device(device)
+        self.model, self.task, self.settings = model.to(self.device), task, dict(settings)
         self.last_path, self.best_path, self.describe = Path(last_path), Path(best_path), describe
+        self.workers, self.log_every, self.save_every = workers, log_every, save_every
+        self.deadline = time.monotonic() + 60 * max_minutes if max_minutes else math.inf
         s = self.settings
         self.steps_per_epoch = len(task.batches(0))
         decayed = [p for p in model.parameters() if p.ndim > 1]
@@ -80,11 +155,22 @@ class Trainer:
         )
         decay = s["ema_decay"]
         self.averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay)) if decay else None
+        self.autocast_dtype = PRECISIONS[s["precision"]]
+        torch.set_float32_matmul_precision("high" if s["precision"] == "tf32" else "highest")
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=s["precision"] == "float16")
+        self.distributed = DistributedDataParallel(model) if world_size() > 1 else model
         self.epoch, self.step_in_epoch, self.best = 0, 0, math.inf
+        self.facts = _EpochFacts()
+        self.window: list[dict[str, float]] = []  # steps since the last record
         self.history: list[dict[str, float]] = []
-        if self.last_path.exists():
-            self._resume()
-        self.writer = SummaryWriter(str(log_dir), purge_step=self.step)
+        self._pending: list[tuple[int, Tensor]] = []  # numbers of steps that are still on the device
+        self._last_is_whole = True  # else the next state to be saved must not push out the one before it
+        latest = load_latest_checkpoint(self.last_path)
+        if latest is not None:
+            state, path = latest
+            self._resume(state)
+            self._last_is_whole = path == self.last_path
+        self.log = RunLog(log_dir, self.step) if is_main() else None
 
     @property
     def step(self) -> int:
@@ -97,95 +183,206 @@ class Trainer:
         return self.averaged.module if self.averaged is not None and self.averaged.n_averaged > 0 else self.model
 
     def train(self) -> None:
-        """Train to the last epoch. Ctrl-C, at the end of a step, and a loss that is not finite save the state first.
+        """Train to the last epoch. An interrupt (at the end of a step), the end of the time that the run was given, and
+        a loss that is not finite save the state first.
 
         Raises:
-            KeyboardInterrupt, NonFiniteLoss
+            KeyboardInterrupt, OutOfTime, NonFiniteLoss
         """
         with deferred_interrupt() as interrupted:
             while self.epoch < self.settings["epochs"]:
                 try:
-                    facts = self._train_epoch(interrupted)
-                except (KeyboardInterrupt, NonFiniteLoss):
-                    self._save_last()
+                    self._train_epoch(interrupted)
+                    self._finish_epoch()
+                except (KeyboardInterrupt, OutOfTime, NonFiniteLoss) as stop:
+                    # On a GPU, steps that follow the one with a loss that is not finite have been taken already.
+                    if self.device.type == "cpu" or not isinstance(stop, NonFiniteLoss):
+                        self._save_last()
+                    if self.log is not None:
+                        self.log.close()
                     raise
-                self._finish_epoch(facts)
+        barrier()  # others must not read the best weights before they are written
 
-    def _train_epoch(self, interrupted: Event) -> dict[str, float]:
-        """One epoch, or what is left of it. Returns means of the logged scalars, throughput among them."""
+    def benchmark(self, steps: int) -> float:
+        """Examples per second over some training steps after a warm-up, all processes together; nothing is saved."""
         self.model.train()
-        batches = self.task.batches(self.epoch)
-        begin, first = time.perf_counter(), self.step_in_epoch
-        sums: dict[str, Tensor] = {}
-        progress = tqdm(
-            range(first, len(batches)),
-            desc=f"epoch {self.epoch + 1}/{self.settings['epochs']}",
-            disable=None,
-            leave=False,
-        )
-        for index in progress:
-            if interrupted.is_set():
-                raise KeyboardInterrupt
-            loss, scalars = self.task.loss(self.model, batches[index])
-            if not torch.isfinite(loss):
-                raise NonFiniteLoss(
-                    f"loss is {loss.item()} in epoch {self.epoch + 1}, batch {index}, step {self.step}; "
-                    f"the state before this step is in {self.last_path}. Lower the learning rate or max_grad_norm"
-                )
-            self.optimizer.zero_grad()
-            loss.backward()
-            norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.settings["max_grad_norm"])
-            self.optimizer.step()
-            self.scheduler.step()
-            if self.averaged is not None and self.step >= self.settings["warmup_steps"]:
-                self.averaged.update_parameters(self.model)
-            self.step_in_epoch += 1
-            for name, value in {"loss": loss, "gradient_norm": norm, **scalars}.items():
-                sums[name] = sums.get(name, 0) + value.detach()
-        done = len(batches) - first
-        facts = {name: (value / done).item() for name, value in sums.items()}
-        facts["seconds"] = time.perf_counter() - begin
-        facts["steps_per_second"] = done / facts["seconds"]
-        return facts
+        batches = [self.task.batches(0)[i % self.steps_per_epoch] for i in range(WARMUP_OF_BENCHMARK + steps)]
+        progress = tqdm(zip(batches, self._steps(batches)), total=len(batches), desc="benchmark", **_bar_options())
+        for index, (_, parts) in enumerate(progress):
+            if index == WARMUP_OF_BENCHMARK:
+                self._synchronize()
+                began = time.perf_counter()
+            self._step(index, parts)
+        self._synchronize()
+        return sum(len(batch) for batch in batches[WARMUP_OF_BENCHMARK:]) / (time.perf_counter() - began)
 
-    def _finish_epoch(self, facts: dict[str, float]) -> None:
-        """Validate, log, keep the best, save the state."""
-        self.evaluated_model.eval()
-        with torch.no_grad():
-            errors = self.task.validate(self.evaluated_model)
-        self.epoch, self.step_in_epoch = self.epoch + 1, 0
-        rate = self.scheduler.get_last_lr()[0]
-        self.history.append(
-            {"epoch": self.epoch, "learning_rate": rate, **facts, **{f"val_{k}": v for k, v in errors.items()}}
+    def _train_epoch(self, interrupted: Event) -> None:
+        """One epoch, or what is left of it."""
+        self.model.train()
+        first, batches = self.step_in_epoch, self.task.batches(self.epoch)
+        title = f"epoch {self.epoch + 1}/{self.settings['epochs']}"
+        progress = tqdm(
+            self._steps(batches[first:]), desc=title, initial=first, total=len(batches), leave=False, **_bar_options()
         )
-        for name, value in facts.items():
-            self.writer.add_scalar(f"train/{name}", value, self.step)
-        self.writer.add_scalar("train/learning_rate", rate, self.step)
-        for name, value in errors.items():
-            self.writer.add_scalar(f"validation/{name}", value, self.step)
+        began, seconds = time.perf_counter(), self.facts.seconds
+        for index, parts in enumerate(progress, start=first):
+            if self._may_stop_now():
+                if any_process(interrupted.is_set(), self.device):
+                    raise KeyboardInterrupt
+                if any_process(time.monotonic() > self.deadline, self.device):
+                    raise OutOfTime
+            self._step(index, parts)
+            self.step_in_epoch += 1
+            self.facts.examples += len(batches[index])
+            if self.step % self.log_every == 0:
+                self._read_pending()
+                self._log_window()
+            self.facts.seconds = seconds + time.perf_counter() - began
+            if self.save_every and self.step % self.save_every == 0:
+                self._save_last()
+        self._read_pending()
+
+    def _steps(self, batches: Sequence[Tensor]) -> Iterator[Iterator[tuple[Any, float]]]:
+        """For each batch its parts that this process computes: pairs (batch, weight), see `_share`."""
+        plan = [self._share(batch) for batch in batches]
+        loader = DataLoader(
+            _Parts(self.task),
+            sampler=[examples for parts in plan for examples, _ in parts],
+            batch_size=None,
+            num_workers=self.workers,
+            generator=torch.Generator(),  # or each loader would draw from the generator whose state is saved
+        )
+        loaded = iter(loader)
+        for parts in plan:
+            yield ((next(loaded).to(self.device, non_blocking=True), weight) for _, weight in parts)
+
+    def _share(self, batch: Tensor) -> list[tuple[Tensor, float]]:
+        """Parts of a batch that this process computes, one after the other.
+
+        The weights are such that the mean over processes of the weighted sum of the parts' means is the mean over the
+        batch. Where a batch is too small for all, a process computes an example with weight 0: all must take part.
+        """
+        world = world_size()
+        parts = batch.tensor_split(world * self.settings["accumulate"])[rank() :: world]
+        return [(part if len(part) else batch[:1], world * len(part) / len(batch)) for part in parts]
+
+    def _step(self, index: int, parts: Iterator[tuple[Any, float]]) -> None:
+        """One optimiser step."""
+        self.optimizer.zero_grad()
+        totals: dict[str, Tensor] = {}
+        last = self.settings["accumulate"] - 1
+        for number, (batch, weight) in enumerate(parts):
+            waits = number < last and self.distributed is not self.model
+            with self.distributed.no_sync() if waits else nullcontext():
+                with torch.autocast(
+                    self.device.type, dtype=self.autocast_dtype, enabled=self.autocast_dtype is not None
+                ):
+                    loss, scalars = self.task.loss(self.distributed, batch)
+                self.scaler.scale(weight * loss).backward()
+            for name, value in {"loss": loss, **scalars}.items():
+                totals[name] = totals.get(name, 0) + weight * value.detach().float()
+        self.scaler.unscale_(self.optimizer)
+        totals["gradient_norm"] = nn.utils.clip_grad_norm_(self.model.parameters(), self.settings["max_grad_norm"])
+        self._names = list(totals)
+        self._pending.append((index, torch.stack(list(totals.values()))))
+        if self.device.type == "cpu":  # elsewhere, looking at values would hold up the device
+            self._read_pending()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.scheduler.step()
+        if self.averaged is not None and self.step >= self.settings["warmup_steps"]:
+            self.averaged.update_parameters(self.model)
+
+    def _read_pending(self) -> None:
+        """Take the numbers of past steps from the device.
+
+        Raises:
+            NonFiniteLoss: the loss or, where no scaler looks after it, the gradient of a step is not finite.
+        """
+        if not self._pending:
+            return
+        indices, values = zip(*self._pending)
+        self._pending = []
+        means = (sum_over_processes(torch.stack(values)) / world_size()).tolist()
+        for index, row in zip(indices, means):
+            numbers = dict(zip(self._names, row))
+            if not math.isfinite(numbers["loss"]) or not (
+                self.scaler.is_enabled() or math.isfinite(numbers["gradient_norm"])
+            ):
+                raise NonFiniteLoss(self._where(index, numbers))
+            self.facts.add(numbers)
+            self.window.append(numbers)
+
+    def _where(self, index: int, numbers: dict[str, float]) -> str:
+        """Message about the numbers of a step that are not finite."""
+        values = ", ".join(f"{name} {numbers[name]}" for name in ("loss", "gradient_norm"))
+        saved = self.device.type == "cpu" or self.last_path.exists()
+        state = f"the state before it is in {self.last_path}" if saved else "no state was saved before it"
+        return (
+            f"{values} in epoch {self.epoch + 1}, batch {index}, step {self.epoch * self.steps_per_epoch + index}; "
+            f"{state}. Lower learning_rate or max_grad_norm, or look at the examples of that batch"
+        )
+
+    def _may_stop_now(self) -> bool:
+        """Whether to look if the run shall end here: asking other processes or a GPU takes time."""
+        return (self.device.type == "cpu" and world_size() == 1) or self.step % self.log_every == 0
+
+    def _log_window(self) -> None:
+        """Record the means since the last record."""
+        if self.log is not None and self.window:
+            means = {name: sum(row[name] for row in self.window) / len(self.window) for name in self.window[0]}
+            means["learning_rate"] = self.scheduler.get_last_lr()[0]
+            self.log.scalars("train", means, self.step)
+        self.window = []
+
+    def _finish_epoch(self) -> None:
+        """Validate, log, keep the best, save the state."""
+        facts, model = self.facts.means(), self.evaluated_model
+        model.eval()
+        with torch.no_grad():
+            errors = self.task.validate(model)
+        self.epoch, self.step_in_epoch, self.facts = self.epoch + 1, 0, _EpochFacts()
+        facts["learning_rate"] = self.scheduler.get_last_lr()[0]
+        self.history.append({"epoch": self.epoch, **facts, **{f"val_{k}": v for k, v in errors.items()}})
+        if self.log is not None:
+            self.log.scalars("epoch", facts, self.step)
+            self.log.scalars("validation", errors, self.step)
+            with torch.no_grad():
+                for name, figure in self.task.figures(model).items():
+                    self.log.figure(f"validation/{name}", figure, self.step)
         if errors["selection"] < self.best:
             self.best = errors["selection"]
-            content = {**self.describe, "model": self.evaluated_model.state_dict(), "settings": self.settings}
-            save_checkpoint(self.best_path, {**content, "epoch": self.epoch, "validation": errors})
+            content = {**self.describe, "model": model.state_dict(), "settings": self.settings}
+            if is_main():
+                save_checkpoint(self.best_path, {**content, "epoch": self.epoch, "validation": errors})
         self._save_last()
 
     def _save_last(self) -> None:
+        self._read_pending()
+        if not is_main():
+            return
+        on_gpu = self.device.type == "cuda"
         state = {
             "settings": self.settings,
             "model": self.model.state_dict(),
             "averaged": self.averaged.state_dict() if self.averaged is not None else None,
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "random": torch.get_rng_state(),
+            "random_cuda": torch.cuda.get_rng_state(self.device) if on_gpu else None,
             "epoch": self.epoch,
             "step_in_epoch": self.step_in_epoch,
+            "facts": asdict(self.facts),
+            "window": self.window,
             "best": self.best,
             "history": self.history,
         }
-        save_checkpoint(self.last_path, state)
+        save_checkpoint(self.last_path, state, keep_previous=self._last_is_whole)
+        self._last_is_whole = True
 
-    def _resume(self) -> None:
-        """Continue from the last state; raises CheckpointError if it was made with other settings."""
-        state = load_checkpoint(self.last_path)
+    def _resume(self, state: dict) -> None:
+        """Continue from a saved state; raises CheckpointError if it was made with other settings."""
         changed = [
             f"{key} {state['settings'].get(key)} (now {value})"
             for key, value in self.settings.items()
@@ -194,29 +391,80 @@ class Trainer:
         if changed:
             raise CheckpointError(
                 f"{self.last_path}: cannot be resumed, it was trained with {', '.join(changed)}. "
-                "Give those settings again, take another --run, or delete the file to start anew"
+                "Give those settings again, take another --run_name, or delete the file to start anew"
             )
         self.model.load_state_dict(state["model"])
         if self.averaged is not None:
             self.averaged.load_state_dict(state["averaged"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
+        self.scaler.load_state_dict(state["scaler"])
+        torch.set_rng_state(state["random"])
+        if self.device.type == "cuda" and state["random_cuda"] is not None:
+            torch.cuda.set_rng_state(state["random_cuda"], self.device)
         self.epoch, self.step_in_epoch = state["epoch"], state["step_in_epoch"]
+        self.facts, self.window = _EpochFacts(**state["facts"]), state["window"]
         self.best, self.history = state["best"], state["history"]
+
+    def _synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        barrier()
+
+
+@dataclass
+class _EpochFacts:
+    """What has been measured in an epoch so far."""
+
+    sums: dict[str, float] = field(default_factory=dict)  # of the numbers of each step
+    steps: int = 0
+    examples: int = 0
+    seconds: float = 0.0
+
+    def add(self, numbers: dict[str, float]) -> None:
+        for name, value in numbers.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value
+        self.steps += 1
+
+    def means(self) -> dict[str, float]:
+        """Means over steps, and seconds and throughput."""
+        means = {name: total / self.steps for name, total in self.sums.items()}
+        return means | {"seconds": self.seconds, "examples_per_second": self.examples / self.seconds}
+
+
+def _bar_options() -> dict:
+    """Options of a tqdm bar: silent on other processes, and where there is no terminal."""
+    return {"disable": None if is_main() else True}
 
 
 @contextmanager
 def deferred_interrupt() -> Iterator[Event]:
-    """While it lasts, Ctrl-C sets the event that this yields instead of breaking into whatever is being computed."""
+    """While it lasts, Ctrl-C and SIGTERM set the event that this yields instead of breaking into a computation."""
     interrupted = Event()
     if threading.current_thread() is not threading.main_thread():  # only the main thread may handle signals
         yield interrupted
         return
-    previous = signal.signal(signal.SIGINT, lambda *_: interrupted.set())
+    signals = (signal.SIGINT, signal.SIGTERM)
+    previous = [signal.signal(number, lambda *_: interrupted.set()) for number in signals]
     try:
         yield interrupted
     finally:
-        signal.signal(signal.SIGINT, previous)
+        for number, handler in zip(signals, previous):
+            signal.signal(number, handler)
+
+
+def check_training_settings(settings: Mapping[str, Any]) -> None:
+    """Raise ValueError unless the settings that a `Trainer` knows make sense."""
+    require(settings, dict.fromkeys(("epochs", "batch_size", "accumulate", "log_every"), 1))
+    not_negative = ("warmup_steps", "final_learning_rate", "weight_decay", "seed", "threads", "workers")
+    require(settings, dict.fromkeys((*not_negative, "save_every", "max_minutes"), 0))
+    for key in ("learning_rate", "max_grad_norm"):
+        if not 0 < settings[key] < math.inf:
+            raise ValueError(f"{key} must be positive, got {settings[key]}")
+    if not 0 <= settings["ema_decay"] < 1:
+        raise ValueError(f"ema_decay must be in [0, 1), got {settings['ema_decay']}")
+    if settings["precision"] not in PRECISIONS:
+        raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {settings['precision']!r}")
 
 
 def cosine_schedule(num_steps: int, warmup_steps: int, final: float) -> Callable[[int], float]:

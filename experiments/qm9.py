@@ -1,0 +1,198 @@
+"""QM9: which value has a molecule's property (Fuchs et al. 2020, section 4.3)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from matplotlib.figure import Figure  # made without pyplot: needs no display, nothing to close
+from torch import LongTensor, Tensor, nn
+
+from dataloader.qm9 import (
+    NUM_EDGE_FEATURES,
+    NUM_NODE_FEATURES,
+    TARGETS,
+    QM9Batch,
+    QM9Dataset,
+    Target,
+    length_balanced_batches,
+)
+from se3_transformer.model import Fiber, SE3TransformerPooled
+from se3_transformer.runtime.checkpoint import CheckpointError, load_checkpoint
+from se3_transformer.runtime.distributed import gather_shares, rank, world_size
+
+NETWORK_SETTINGS = (
+    "num_layers",
+    "num_degrees",
+    "num_channels",
+    "num_heads",
+    "channels_div",
+    "pooling",
+    "norm",
+    "use_layer_norm",
+    "tensor_cores",
+    "low_memory",
+)
+
+
+def build_network(settings: Mapping[str, object]) -> SE3TransformerPooled:
+    """The network of some settings (`NETWORK_SETTINGS`): atom types in, one number per molecule out."""
+    return SE3TransformerPooled(
+        fiber_in=Fiber({0: NUM_NODE_FEATURES}),
+        fiber_out=Fiber({0: settings["num_degrees"] * settings["num_channels"]}),
+        fiber_edge=Fiber({0: NUM_EDGE_FEATURES}),
+        output_dim=1,
+        **{key: settings[key] for key in NETWORK_SETTINGS},
+    )
+
+
+def run_network(network: nn.Module, batch: QM9Batch, max_degree: int) -> Tensor:
+    """(B,) standardised prediction for each molecule of a batch."""
+    return network(batch.graph, batch.node_feats, batch.edge_feats, batch.basis(max_degree))
+
+
+class QM9Task:
+    """Batches, loss and validation for the trainer (see `se3_transformer.runtime.trainer.Task`).
+
+    The loss is the mean absolute error of the target, standardised with mean and standard deviation of the training
+    molecules.
+
+    Args:
+        dataset: all molecules.
+        task: name of the target, a key of `TARGETS`.
+        split: molecules for "train" and "val", see `split_molecules`.
+        max_degree: of the network.
+        batch_size: molecules in a batch.
+        seed: of the order of molecules; each epoch has its own.
+        balanced: make batches of about the same number of edges, see `length_balanced_batches`.
+        num_train: train on this many first molecules of the training split; 0: on all.
+    """
+
+    def __init__(
+        self,
+        dataset: QM9Dataset,
+        task: str,
+        split: Mapping[str, LongTensor],
+        max_degree: int,
+        batch_size: int,
+        seed: int,
+        balanced: bool,
+        num_train: int,
+    ):
+        if num_train > len(split["train"]):
+            raise ValueError(f"num_train must be at most {len(split['train'])}, as many as there are, got {num_train}")
+        self.dataset, self.target, self.max_degree = dataset, TARGETS[task], max_degree
+        self.batch_size, self.seed, self.balanced = batch_size, seed, balanced
+        self.train, self.validation = split["train"][: num_train or None], split["val"]
+        self.column = list(TARGETS).index(task)
+        known = dataset.targets[self.train, self.column]
+        self.mean, self.std = known.mean().item(), known.std().item()
+        if not self.std > 0:
+            raise ValueError(
+                f"{task}: all {len(known)} training molecules have the value {self.mean}: nothing to learn"
+            )
+
+    def batches(self, epoch: int) -> Sequence[LongTensor]:
+        """(B,) molecules of every batch of an epoch."""
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+        if self.balanced:
+            rows = length_balanced_batches(self.dataset.num_edges[self.train], self.batch_size, generator)
+            return [self.train[row] for row in rows]
+        return self.train[torch.randperm(len(self.train), generator=generator)].split(self.batch_size)
+
+    def load(self, examples: LongTensor) -> QM9Batch:
+        return self.dataset.batch(examples)
+
+    def loss(self, model: nn.Module, batch: QM9Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        wanted = ((batch.targets[:, self.column] - self.mean) / self.std).float()
+        error = (run_network(model, batch, self.max_degree) - wanted).abs().mean()
+        return error, {"mae": error * self.std * self.target.factor}
+
+    def validate(self, model: nn.Module) -> dict[str, float]:
+        """MAE in the unit that is shown; it chooses the best epoch."""
+        self._predicted = predict(model, self.info, self.dataset, self.validation)
+        mae = mean_absolute_error(self._true(), self._predicted) * self.target.factor
+        return {"mae": mae, "selection": mae}
+
+    def figures(self, model: nn.Module) -> dict[str, Figure]:
+        return {"parity": plot_parity(self._true(), self._predicted, self.target)}
+
+    def _true(self) -> Tensor:
+        return self.dataset.targets[self.validation, self.column]
+
+    @property
+    def info(self) -> dict:
+        """What `predict` has to know besides the network; it travels in the checkpoint."""
+        graph = {"graph": self.dataset.settings["graph"], "radius": self.dataset.settings.get("radius")}
+        return {"task": self.target.name, "mean": self.mean, "std": self.std, "max_degree": self.max_degree} | graph
+
+
+@torch.no_grad()
+def predict(
+    network: nn.Module, info: Mapping[str, object], dataset: QM9Dataset, molecules: LongTensor, batch_size: int = 256
+) -> Tensor:
+    """Predictions of a network for some molecules, shared by all processes.
+
+    Args:
+        network: see `build_network`.
+        info: see `QM9Task.info`.
+        dataset: the molecules, with the kind of graph that the network was trained on.
+        molecules: (G,) which ones.
+        batch_size: molecules in a batch.
+
+    Returns:
+        (G,) float64 on the CPU, in the unit that `TARGETS` says is stored.
+    """
+    device = next(network.parameters()).device
+    order = dataset.num_edges[molecules].argsort(stable=True)  # molecules of one size together take least memory
+    share = molecules[order][rank() :: world_size()]
+    parts = [
+        run_network(network, dataset.batch(part).to(device, non_blocking=True), info["max_degree"]).double()
+        for part in share.split(batch_size)
+    ]
+    empty = torch.zeros(0, dtype=torch.float64, device=device)
+    sorted_values = gather_shares(torch.cat([*parts, empty]), len(molecules)).cpu()
+    values = torch.empty_like(sorted_values)
+    values[order] = sorted_values
+    return info["mean"] + info["std"] * values
+
+
+def mean_absolute_error(true: Tensor, predicted: Tensor) -> float:
+    return (predicted - true).abs().mean().item()
+
+
+def plot_parity(true: Tensor, predicted: Tensor, target: Target) -> Figure:
+    """Predicted against true values, (G,) each in the stored unit, shown in the shown unit, with the MAE."""
+    true, predicted = (values * target.factor for values in (true, predicted))
+    mae = mean_absolute_error(true, predicted)
+    figure = Figure(figsize=(6, 6), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(true, predicted, ".", ms=2, alpha=0.4, rasterized=True)
+    low, high = torch.cat([true, predicted]).aminmax()
+    axes.plot([low, high], [low, high], color="black", lw=0.8)
+    axes.set(
+        title=f"{target.name}: {target.description}\nMAE {mae:.4g} {target.shown_unit}, {len(true):,} molecules",
+        xlabel=f"true [{target.shown_unit}]",
+        ylabel=f"predicted [{target.shown_unit}]",
+        aspect="equal",
+    )
+    axes.grid(alpha=0.3)
+    return figure
+
+
+def load_network(path: str | Path) -> tuple[SE3TransformerPooled, dict]:
+    """The trained network of a checkpoint that `train_qm9.py` wrote, ready to predict, and its `QM9Task.info`.
+
+    Raises:
+        FileNotFoundError, CheckpointError: no usable checkpoint.
+    """
+    content = load_checkpoint(path)
+    if not {"network", "info", "model"} <= content.keys():
+        raise CheckpointError(f"{path}: expected a checkpoint of train_qm9.py, got one with {', '.join(content)}")
+    try:
+        network = build_network(content["network"])
+        network.load_state_dict(content["model"])
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"{path}: weights that do not fit the settings beside them ({error})") from error
+    return network.eval(), content["info"]

@@ -1,0 +1,252 @@
+"""Trains an SE(3)-Transformer on a property of the molecules that preprocess_qm9.py cached, and reports its test error.
+
+    python train_qm9.py --preset tiny                       # minutes on a CPU: data/qm9_homo_result.json, runs/qm9_homo
+    python train_qm9.py --preset fast --task gap            # on a GPU
+    torchrun --nproc_per_node 4 train_qm9.py --preset fast  # on four
+    python train_qm9.py --preset fast --benchmark 50        # training throughput over 50 steps, nothing is saved
+    python train_qm9.py --evaluate data/qm9_homo_best.pt    # test error of a checkpoint
+    tensorboard --logdir runs
+
+Interrupted or killed, it goes on where it was when the same command is given again; finished, it only prints its
+report.
+"""
+
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from easydict import EasyDict
+
+from dataloader.cache import CacheError, write_file
+from dataloader.qm9 import TARGETS, QM9Dataset, split_molecules
+from experiments.qm9 import (
+    NETWORK_SETTINGS,
+    QM9Task,
+    build_network,
+    load_network,
+    mean_absolute_error,
+    plot_parity,
+    predict,
+)
+from se3_transformer.runtime.checkpoint import CheckpointError
+from se3_transformer.runtime.distributed import is_main, process_group
+from se3_transformer.runtime.settings import parse_settings, require
+from se3_transformer.runtime.trainer import (
+    WITHOUT_INFLUENCE,
+    NonFiniteLoss,
+    OutOfTime,
+    Trainer,
+    check_training_settings,
+)
+
+SETTINGS = EasyDict(
+    preset="tiny",  # paper: as in the paper; fast: the best known recipe; tiny: minutes on a CPU
+    task="homo",  # what to predict, one of the 19 labels
+    data_dir="data",  # where the cache is, and where checkpoints and results go
+    name="qm9",  # the molecules: cache in data_dir/cache/name
+    run_name="",  # name of this run, for its files; by default NAME_TASK
+    split_seed=0,  # of the random split into training, validation and test molecules
+    num_train=0,  # train on this many of the training molecules; 0: on all
+    num_layers=7,  # attention blocks
+    num_degrees=4,  # degrees 0 … num_degrees-1 in the hidden layers
+    num_channels=32,  # hidden channels of each degree
+    num_heads=8,  # attention heads
+    channels_div=2,  # keys and values have num_channels / channels_div channels
+    pooling="max",  # over the atoms of a molecule: max or avg
+    norm=True,  # equivariant norm after every attention block
+    use_layer_norm=True,  # layer norm in the radial networks
+    tensor_cores=True,  # one radial network for all pairs of degrees, where the fibers allow it
+    low_memory=False,  # one radial network per pair of degrees, and least memory
+    epochs=100,  # passes over the training molecules
+    batch_size=240,  # molecules in an optimiser step, over all processes
+    accumulate=1,  # parts of a batch that are computed one after the other, to save memory
+    balanced=False,  # batches of about the same number of edges
+    learning_rate=2e-3,  # of Adam, at its highest
+    final_learning_rate=2e-4,  # at the end of the cosine
+    warmup_steps=100,  # steps of linear increase to the highest learning rate
+    weight_decay=0.1,  # decoupled, of matrices
+    max_grad_norm=1.0,  # gradients are clipped to this norm
+    ema_decay=0.999,  # of the moving average of weights that is validated and kept; 0: none
+    precision="float32",  # of products: float32, tf32, bfloat16 or float16
+    seed=0,  # of weights and order
+    device="auto",  # cpu, cuda, cuda:1, …; auto: cuda where there is any
+    resident=True,  # keep all molecules on the GPU
+    threads=0,  # CPU threads; 0: all
+    workers=0,  # processes that load batches on the CPU; 0: none but the training one
+    log_every=50,  # steps between two records
+    save_every=0,  # steps between two saved states, besides one after every epoch; 0: none
+    max_minutes=0.0,  # stop after this time, to go on another time; 0: no limit
+    benchmark=0,  # only measure the training throughput over this many steps; 0: train
+    evaluate="",  # only measure the test error of this checkpoint
+)
+PRESETS = {
+    "tiny": {
+        "num_layers": 3,
+        "num_degrees": 2,
+        "num_channels": 16,
+        "num_heads": 4,
+        "epochs": 4,
+        "batch_size": 64,
+        "final_learning_rate": 1e-5,
+        "weight_decay": 0.01,
+    },
+    "fast": {"precision": "bfloat16"},
+    "paper": {
+        "norm": False,
+        "use_layer_norm": False,
+        "tensor_cores": False,
+        "batch_size": 32,
+        "learning_rate": 1e-3,
+        "final_learning_rate": 1e-4,
+        "warmup_steps": 0,
+        "weight_decay": 0.0,
+        "ema_decay": 0.0,
+    },
+}
+
+
+def main() -> None:
+    settings = parse_settings(SETTINGS, PRESETS, __doc__, check)
+    settings.run_name = settings.run_name or f"{settings.name}_{settings.task}"
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    with process_group(settings.device) as device:
+        rebuild = f"python preprocess_qm9.py --name {settings.name} --data_dir {settings.data_dir}"
+        resident = device if settings.resident else "cpu"
+        dataset = QM9Dataset.open(Path(settings.data_dir) / "cache" / settings.name, None, resident, rebuild)
+        if settings.evaluate:
+            evaluate(settings, dataset, device)
+        else:
+            train(settings, dataset, device)
+
+
+def check(settings: EasyDict) -> None:
+    """Raise ValueError for settings that make no sense."""
+    positive = ["num_layers", "num_degrees", "num_channels", "num_heads", "channels_div"]
+    require(settings, dict.fromkeys(positive, 1) | dict.fromkeys(["num_train", "split_seed", "benchmark"], 0))
+    check_training_settings(settings)
+    for key, known in (("task", TARGETS), ("pooling", ("max", "avg"))):
+        if settings[key] not in known:
+            raise ValueError(f"{key} must be one of {', '.join(known)}, got {settings[key]!r}")
+
+
+def split_of(dataset: QM9Dataset, task: str, seed: int) -> dict[str, torch.LongTensor]:
+    """The random split of the molecules whose target is known; says how many there are."""
+    known = dataset.targets[:, list(TARGETS).index(task)]
+    split = split_molecules(known, seed)
+    if is_main():
+        sizes = ", ".join(f"{len(molecules):,} {name}" for name, molecules in split.items())
+        unknown = int(known.isnan().sum())
+        print(f"{task}: {sizes} molecules; {unknown:,} of {len(dataset):,} left out, their {task} is not known")
+    return split
+
+
+def train(settings: EasyDict, dataset: QM9Dataset, device: torch.device) -> None:
+    """Train, or go on, and report; or only measure throughput."""
+    data_dir = Path(settings.data_dir)
+    best_path, last_path = data_dir / f"{settings.run_name}_best.pt", data_dir / f"{settings.run_name}_last.pt"
+    split = split_of(dataset, settings.task, settings.split_seed)
+
+    torch.manual_seed(settings.seed)
+    network = build_network(settings)
+    task_settings = {key: settings[key] for key in ("batch_size", "seed", "balanced", "num_train")}
+    task = QM9Task(dataset, settings.task, split, settings.num_degrees - 1, **task_settings)
+    describe = {
+        "network": {key: settings[key] for key in NETWORK_SETTINGS},
+        "info": task.info | {"split_seed": settings.split_seed},
+    }
+    without_influence = WITHOUT_INFLUENCE | {"data_dir", "resident", "benchmark", "evaluate"}
+    decisive = {key: value for key, value in settings.items() if key not in without_influence}
+    control = {key: settings[key] for key in ("workers", "log_every", "save_every", "max_minutes")}
+    if settings.benchmark:
+        with tempfile.TemporaryDirectory() as directory:
+            paths = [Path(directory) / name for name in ("last.pt", "best.pt", "log")]
+            trainer = Trainer(network, task, decisive, *paths, describe, device, **control)
+            rate = trainer.benchmark(settings.benchmark)
+        if is_main():
+            print(f"training throughput: {rate:,.1f} molecules/s, mean over {settings.benchmark} steps on {device}")
+        return
+    log_dir = Path("runs") / settings.run_name
+    trainer = Trainer(network, task, decisive, last_path, best_path, log_dir, describe, device, **control)
+    if is_main():
+        parameters = sum(p.numel() for p in network.parameters())
+        print(f"training on {len(task.train):,} molecules; {parameters:,} parameters; {device}")
+        if trainer.step:
+            print(f"going on after {trainer.step} of {settings.epochs * trainer.steps_per_epoch} steps ({last_path})")
+    trainer.train()
+    report(trainer, settings, split["test"], best_path)
+
+
+def report(trainer: Trainer, settings: EasyDict, test: torch.LongTensor, best_path: Path) -> None:
+    """Test error of the best epoch beside that of the mean: printed, as JSON, as a figure, and to TensorBoard."""
+    task = trainer.task
+    network, info = load_network(best_path)
+    facts, figure = test_error(network.to(trainer.device), info, task.dataset, test)
+    if not is_main():
+        return
+    best_epoch = min(trainer.history, key=lambda facts: facts["val_selection"])
+    result = {
+        **facts,
+        "best_epoch": best_epoch["epoch"],
+        "validation_mae": best_epoch["val_mae"],
+        "molecules": {"train": len(task.train), "validation": len(task.validation), "test": len(test)},
+        "train_seconds": sum(facts["seconds"] for facts in trainer.history),
+        "settings": trainer.settings,
+    }
+    result_path, figure_path = (
+        best_path.with_name(f"{settings.run_name}_{end}") for end in ("result.json", "parity.png")
+    )
+    write_file(result_path, lambda file: file.write((json.dumps(result, indent=1) + "\n").encode()))
+    write_file(figure_path, lambda file: figure.savefig(file, dpi=110, format="png"))
+    trainer.log.figure("test/parity", figure, trainer.step)
+    trainer.log.outcome(trainer.settings, {key: facts[key] for key in ("mae", "baseline_mae")}, trainer.step)
+    print(f"\nbest epoch {best_epoch['epoch']} of {settings.epochs}, chosen by validation")
+    print_error(facts)
+    print(f"weights {best_path}   result {result_path}   figure {figure_path}   curves: tensorboard --logdir runs")
+
+
+def evaluate(settings: EasyDict, dataset: QM9Dataset, device: torch.device) -> None:
+    """Test error of a checkpoint, on the test molecules of its own split."""
+    network, info = load_network(settings.evaluate)
+    trained_on = {key: info[key] for key in ("graph", "radius") if key in dataset.settings}
+    if trained_on != {key: dataset.settings[key] for key in trained_on}:
+        raise ValueError(
+            f"{settings.evaluate} was trained on graphs with {trained_on}, the cache has {dataset.settings}"
+        )
+    test = split_of(dataset, info["task"], info["split_seed"])["test"]
+    facts, _ = test_error(network.to(device), info, dataset, test)
+    if is_main():
+        print_error(facts)
+
+
+def test_error(network, info: dict, dataset: QM9Dataset, test: torch.LongTensor):
+    """Errors on the test molecules, in the unit that is shown, and the parity plot."""
+    target = TARGETS[info["task"]]
+    true = dataset.targets[test, list(TARGETS).index(target.name)]
+    predicted = predict(network, info, dataset, test)
+    facts = {
+        "task": target.name,
+        "unit": target.shown_unit,
+        "mae": mean_absolute_error(true, predicted) * target.factor,
+        "baseline_mae": mean_absolute_error(true, torch.full_like(true, info["mean"])) * target.factor,
+        "test_molecules": len(test),
+    }
+    return facts, plot_parity(true, predicted, target)
+
+
+def print_error(facts: dict) -> None:
+    """The table of test errors."""
+    print(f"Test error of {facts['task']} on {facts['test_molecules']:,} molecules: MAE, {facts['unit']}")
+    for name, mae in (("mean of the training set", facts["baseline_mae"]), ("SE(3)-Transformer", facts["mae"])):
+        print(f"{name:25}{mae:12.5g}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (CacheError, CheckpointError, NonFiniteLoss, ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    except (KeyboardInterrupt, OutOfTime) as stop:
+        sys.exit(f"{'interrupted' if isinstance(stop, KeyboardInterrupt) else 'out of time'}: the same command goes on")
