@@ -176,5 +176,7 @@ if __name__ == "__main__":
         main()
     except (CacheError, CheckpointError, NonFiniteLoss, ValueError, OSError) as error:
         sys.exit(f"error: {error}")
-    except (KeyboardInterrupt, OutOfTime) as stop:
-        sys.exit(f"{'interrupted' if isinstance(stop, KeyboardInterrupt) else 'out of time'}: the same command goes on")
+    except KeyboardInterrupt:
+        sys.exit("interrupted: the same command goes on")
+    except OutOfTime:
+        sys.exit("out of time: the same command goes on")

@@ -49,6 +49,7 @@ SETTINGS = EasyDict(
     run_name="",  # name of this run, for its files; by default NAME_TASK
     split_seed=0,  # of the random split into training, validation and test molecules
     num_train=0,  # train on this many of the training molecules; 0: on all
+    num_val=0,  # validate on this many of the validation molecules; 0: on all
     num_layers=7,  # attention blocks
     num_degrees=4,  # degrees 0 … num_degrees-1 in the hidden layers
     num_channels=32,  # hidden channels of each degree
@@ -88,9 +89,10 @@ PRESETS = {
         "num_channels": 16,
         "num_heads": 4,
         "epochs": 4,
-        "batch_size": 64,
+        "batch_size": 128,
         "final_learning_rate": 1e-5,
         "weight_decay": 0.01,
+        "ema_decay": 0.99,
     },
     "fast": {"precision": "bfloat16"},
     "paper": {
@@ -125,7 +127,8 @@ def main() -> None:
 def check(settings: EasyDict) -> None:
     """Raise ValueError for settings that make no sense."""
     positive = ["num_layers", "num_degrees", "num_channels", "num_heads", "channels_div"]
-    require(settings, dict.fromkeys(positive, 1) | dict.fromkeys(["num_train", "split_seed", "benchmark"], 0))
+    not_negative = ["num_train", "num_val", "split_seed", "benchmark"]
+    require(settings, dict.fromkeys(positive, 1) | dict.fromkeys(not_negative, 0))
     check_training_settings(settings)
     for key, known in (("task", TARGETS), ("pooling", ("max", "avg"))):
         if settings[key] not in known:
@@ -151,7 +154,7 @@ def train(settings: EasyDict, dataset: QM9Dataset, device: torch.device) -> None
 
     torch.manual_seed(settings.seed)
     network = build_network(settings)
-    task_settings = {key: settings[key] for key in ("batch_size", "seed", "balanced", "num_train")}
+    task_settings = {key: settings[key] for key in ("batch_size", "seed", "balanced", "num_train", "num_val")}
     task = QM9Task(dataset, settings.task, split, settings.num_degrees - 1, **task_settings)
     describe = {
         "network": {key: settings[key] for key in NETWORK_SETTINGS},
@@ -248,5 +251,7 @@ if __name__ == "__main__":
         main()
     except (CacheError, CheckpointError, NonFiniteLoss, ValueError, OSError) as error:
         sys.exit(f"error: {error}")
-    except (KeyboardInterrupt, OutOfTime) as stop:
-        sys.exit(f"{'interrupted' if isinstance(stop, KeyboardInterrupt) else 'out of time'}: the same command goes on")
+    except KeyboardInterrupt:
+        sys.exit("interrupted: the same command goes on")
+    except OutOfTime:
+        sys.exit("out of time: the same command goes on")

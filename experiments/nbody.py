@@ -203,7 +203,7 @@ class NBodyTask:
         }
 
     def figures(self, model: NBodyNetwork) -> dict:
-        return {"trajectories": plot_trajectories(model, self.validation)}
+        return {}  # one of the test simulations at the end is enough
 
 
 def squared_errors(model: nn.Module, batch: NBodyBatch) -> Tensor:

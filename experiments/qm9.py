@@ -66,7 +66,7 @@ class QM9Task:
         batch_size: molecules in a batch.
         seed: of the order of molecules; each epoch has its own.
         balanced: make batches of about the same number of edges, see `length_balanced_batches`.
-        num_train: train on this many first molecules of the training split; 0: on all.
+        num_train, num_val: train and validate on this many first molecules of these splits; 0: on all.
     """
 
     def __init__(
@@ -79,12 +79,14 @@ class QM9Task:
         seed: int,
         balanced: bool,
         num_train: int,
+        num_val: int,
     ):
-        if num_train > len(split["train"]):
-            raise ValueError(f"num_train must be at most {len(split['train'])}, as many as there are, got {num_train}")
+        for name, value in (("train", num_train), ("val", num_val)):
+            if value > len(split[name]):
+                raise ValueError(f"num_{name} must be at most {len(split[name])}, as many as there are, got {value}")
         self.dataset, self.target, self.max_degree = dataset, TARGETS[task], max_degree
         self.batch_size, self.seed, self.balanced = batch_size, seed, balanced
-        self.train, self.validation = split["train"][: num_train or None], split["val"]
+        self.train, self.validation = split["train"][: num_train or None], split["val"][: num_val or None]
         self.column = list(TARGETS).index(task)
         known = dataset.targets[self.train, self.column]
         self.mean, self.std = known.mean().item(), known.std().item()

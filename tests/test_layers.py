@@ -270,6 +270,32 @@ def test_attention_weights_of_equal_keys_are_equal(dtype):
             assert_same(out[degree][node], incoming.mean(dim=0) if len(incoming) else torch.zeros_like(x[0]))
 
 
+@pytest.mark.parametrize("zero_length", [False, True])
+@pytest.mark.parametrize("fuse_level", ConvSE3FuseLevel)
+def test_one_tensor_for_all_degrees_equals_one_for_each(fuse_level, zero_length, dtype):
+    """Keys and values as one tensor, from the convolution and through the attention."""
+    fiber = Fiber.create(3, 4)
+    sample = random_sample(dict(fiber.structure), nodes=(6,), edges=(14,), dtype=dtype)
+    if zero_length:
+        sample.pos[1] = sample.pos[0]
+        sample.src[:2], sample.dst[:2] = torch.tensor([0, 1]), torch.tensor([1, 0])
+    basis = get_basis(sample.rel_pos, max_degree=2)
+    options = dict(max_degree=2, pool=False, fuse_level=fuse_level)
+    fused = ConvSE3(fiber, fiber, allow_fused_output=True, **options).to(dtype)
+    by_degree = ConvSE3(fiber, fiber, **options).to(dtype)
+    by_degree.load_state_dict(fused.state_dict())
+    arguments = (sample.node_feats, reference.with_distance({}, sample.rel_pos), sample.graph, basis)
+    one, each = fused(*arguments), by_degree(*arguments)
+    assert_same(one, torch.cat([each[str(degree)] for degree in range(3)], dim=2))
+    attention = AttentionSE3(2, fiber, fiber)
+    came = attention(one, one.flip(0), sample.node_feats, sample.graph)
+    flipped = {degree: feature.flip(0) for degree, feature in each.items()}
+    expected = attention(each, flipped, sample.node_feats, sample.graph)
+    assert came.keys() == expected.keys()
+    for degree, feature in expected.items():
+        assert_same(came[degree], feature)
+
+
 def test_attention_of_large_logits_is_finite(dtype):
     sample = random_sample({0: 2}, {0: 2}, nodes=(4,), edges=(9,), dtype=dtype)
     large = {l: 1e10 * x for l, x in sample.node_feats.items()}

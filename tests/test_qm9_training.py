@@ -169,7 +169,7 @@ def test_presets_train(prepared, preset):
 def test_balanced_batches_train_on_every_molecule_once(prepared):
     dataset = QM9Dataset.open(prepared / "data/cache/qm9")
     split = split_molecules(dataset.targets[:, 0], 0)
-    task = QM9Task(dataset, "mu", split, max_degree=1, batch_size=16, seed=0, balanced=True, num_train=50)
+    task = QM9Task(dataset, "mu", split, max_degree=1, batch_size=16, seed=0, balanced=True, num_train=50, num_val=0)
     batches = task.batches(3)
     assert sorted(torch.cat(batches).tolist()) == sorted(split["train"][:50].tolist())
 
@@ -198,6 +198,7 @@ def test_time_limit_stops_and_goes_on(prepared):
         (["--precision", "half"], "precision must be one of"),
         (["--name", "missing"], "python preprocess_qm9.py --name missing"),
         (["--num_train", "77"], "num_train must be at most 76"),
+        (["--num_val", "15"], "num_val must be at most 14"),
         (["--num_heads", "3"], "do not divide by 3 heads"),
         (["--evaluate", "data/none.pt"], "none.pt"),
         (["--evaluate", "small.npz"], "small.npz: not a readable checkpoint"),
@@ -224,3 +225,18 @@ def test_network_is_that_of_the_settings():
     settings = dict(num_layers=2, num_degrees=3, num_channels=8, num_heads=2, channels_div=2, pooling="avg")
     network = build_network(settings | dict(norm=True, use_layer_norm=False, tensor_cores=True, low_memory=False))
     assert network.transformer.max_degree == 2 and network.transformer.pooling == "avg"
+
+
+def test_several_targets_in_pieces(prepared):
+    """Two targets, the first piece too short for anything; the same command twice more, then there is nothing to do."""
+    command = [str(ROOT / "train_qm9_targets.py"), "--targets", "gap,Cv", "--prefix", "piece", *TINY, "--epochs", "2"]
+    outputs = []
+    for limit in ("1e-6", "10", "10"):
+        process = start(*command, "--max_minutes", limit, cwd=prepared)
+        outputs.append((process.communicate(timeout=240), process.returncode))
+    assert outputs[0][1] != 0 and "out of time: the same command goes on" in outputs[0][0][1]
+    for (stdout, _), status in outputs[1:]:
+        assert status == 0
+        assert "gap: test MAE" in stdout and "Cv: test MAE" in stdout and "cal/(mol K)" in stdout
+        assert stdout.endswith("all targets are done\n")
+    assert "epoch" in outputs[1][0][0] and "epoch" not in outputs[2][0][0]

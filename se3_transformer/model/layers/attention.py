@@ -31,30 +31,43 @@ class AttentionSE3(nn.Module):
         self.num_heads, self.key_fiber, self.value_fiber = num_heads, key_fiber, value_fiber
 
     def forward(
-        self, value: dict[str, Tensor], key: dict[str, Tensor], query: dict[str, Tensor], graph: Graph
+        self, value: dict[str, Tensor] | Tensor, key: dict[str, Tensor] | Tensor, query: dict[str, Tensor], graph: Graph
     ) -> dict[str, Tensor]:
         """Attend.
 
         Args:
-            value: {'l': (E, C_value, 2l+1)}
-            key: {'l': (E, C_key, 2l+1)}
+            value: {'l': (E, C_value, 2l+1)}; where all degrees have the same number of channels also one tensor
+                (E, C_value, sum of 2l+1).
+            key: {'l': (E, C_key, 2l+1)}, or one tensor like `value`.
             query: {'l': (N, C_key, 2l+1)}
 
         Returns:
             {'l': (N, C_value, 2l+1)}; 0 for nodes without incoming edges.
         """
         graph = as_graph(graph)
-        keys = self.key_fiber.to_attention_heads(key, self.num_heads)  # (E, heads, D_key / heads)
-        queries = self.key_fiber.to_attention_heads(query, self.num_heads)  # (N, heads, D_key / heads)
+        if isinstance(key, Tensor):  # another order of the features of a head, the same sums
+            query = torch.cat([query[str(degree)] for degree in self.key_fiber.degrees], dim=-1)
+        keys = self._heads(key, self.key_fiber)  # (E, heads, D_key / heads)
+        queries = self._heads(query, self.key_fiber)  # (N, heads, D_key / heads)
         logits = (keys * gather_rows(queries, graph.dst)).sum(dim=-1) / self.key_fiber.num_features**0.5  # (E, heads)
         weights = segment_softmax(logits, graph.dst, graph.num_nodes)
-        values = self.value_fiber.to_attention_heads(value, self.num_heads)  # (E, heads, D_value / heads)
+        values = self._heads(value, self.value_fiber)  # (E, heads, D_value / heads)
         summed = segment_sum(values * weights.unsqueeze(-1), graph.dst, graph.num_nodes)
+        if isinstance(value, Tensor):
+            by_degree = summed.view(graph.num_nodes, *value.shape[1:])
+            dims = [degree_to_dim(degree) for degree in self.value_fiber.degrees]
+            return dict(zip(map(str, self.value_fiber.degrees), by_degree.split(dims, dim=2), strict=True))
         sizes = [channels * degree_to_dim(degree) // self.num_heads for degree, channels in self.value_fiber]
         return {
             str(degree): part.reshape(graph.num_nodes, channels, degree_to_dim(degree))
             for (degree, channels), part in zip(self.value_fiber, summed.split(sizes, dim=-1), strict=True)
         }
+
+    def _heads(self, features: dict[str, Tensor] | Tensor, fiber: Fiber) -> Tensor:
+        """(…, heads, D / heads)"""
+        if isinstance(features, Tensor):
+            return features.reshape(len(features), self.num_heads, fiber.num_features // self.num_heads)
+        return fiber.to_attention_heads(features, self.num_heads)
 
 
 class AttentionBlockSE3(nn.Module):
@@ -94,6 +107,7 @@ class AttentionBlockSE3(nn.Module):
         if not self.key_query_fiber.degrees:
             raise ValueError(f"attention: no degree of {fiber_out} in the input {fiber_in} to make queries and keys of")
         self.attention = AttentionSE3(num_heads, self.key_query_fiber, self.value_fiber)
+        uniform = len(set(self.value_fiber.channels)) == 1
         self.to_key_value = ConvSE3(
             fiber_in,
             self.value_fiber + self.key_query_fiber,
@@ -102,6 +116,7 @@ class AttentionBlockSE3(nn.Module):
             use_layer_norm=use_layer_norm,
             max_degree=max_degree,
             fuse_level=fuse_level,
+            allow_fused_output=uniform and self.value_fiber.structure == self.key_query_fiber.structure,
             low_memory=low_memory,
         )
         self.to_query = LinearSE3(fiber_in, self.key_query_fiber)
@@ -116,11 +131,16 @@ class AttentionBlockSE3(nn.Module):
     ) -> dict[str, Tensor]:
         """{'l': (N, C_in, 2l+1)} -> {'l': (N, C_out, 2l+1)}; arguments as for `ConvSE3.forward`."""
         graph = as_graph(graph)
-        value, key = {}, {}
-        for degree, feature in self.to_key_value(node_features, edge_features, graph, basis).items():
-            value[degree] = feature[:, : self.value_fiber[degree]]
-            if degree in self.key_query_fiber:
-                key[degree] = feature[:, self.value_fiber[degree] :]
+        key_value = self.to_key_value(node_features, edge_features, graph, basis)
+        if isinstance(key_value, Tensor):
+            value, key = key_value.chunk(2, dim=1)
+        else:
+            value = {degree: feature[:, : self.value_fiber[degree]] for degree, feature in key_value.items()}
+            key = {
+                degree: feature[:, self.value_fiber[degree] :]
+                for degree, feature in key_value.items()
+                if degree in self.key_query_fiber
+            }
         query = self.to_query(node_features)
         attended = self.attention(value, key, query, graph)
         residual = {

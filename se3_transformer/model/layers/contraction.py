@@ -147,7 +147,7 @@ class FeaturesFirst(Contraction):
 class RadialWeightsFirst(Contraction):
     """(hidden W) x, by way of (E, K · Q), the radial weights of every edge; matrix (K · Q, H)."""
 
-    stacks_features = True
+    stacks_features = False
 
     @staticmethod
     def size(S, K, Q, H):
@@ -155,7 +155,7 @@ class RadialWeightsFirst(Contraction):
 
     @staticmethod
     def matrix(weight):
-        return weight.permute(0, 3, 4, 1, 2, 5).flatten(0, 4)
+        return weight.permute(3, 4, 0, 1, 2, 5).flatten(0, 4)
 
     @staticmethod
     def plain(x, hidden, matrix):

@@ -203,7 +203,8 @@ class ConvSE3(nn.Module):
         self_interaction: add a learned linear map of the receiving node's features to every incoming edge.
         max_degree: highest degree of the network; radial networks are shared only where all degrees up to it are there.
         fuse_level: how far radial networks may be shared.
-        allow_fused_output: accepted for compatibility; it changes nothing here.
+        allow_fused_output: where all output degrees have the same number of channels, and neither `pool` nor
+            `self_interaction` is on, return one tensor (E, C_out, sum of 2l+1) instead of one for each degree.
         low_memory: always work in small chunks of edges that the backward pass computes again.
     """
 
@@ -266,6 +267,7 @@ class ConvSE3(nn.Module):
         # Degrees with the same number of channels are rotated together.
         self._groups_in = group_by_value(dict(self.fiber_source.structure))
         self._groups_out = group_by_value(dict(fiber_out.structure))
+        self.fused_output = allow_fused_output and not pool and not self_interaction and len(self._groups_out) == 1
         if self_interaction:
             self.to_kernel_self = nn.ParameterDict(
                 {
@@ -277,7 +279,7 @@ class ConvSE3(nn.Module):
 
     def forward(
         self, node_feats: dict[str, Tensor], edge_feats: dict[str, Tensor], graph: Graph, basis: dict[str, Tensor]
-    ) -> dict[str, Tensor]:
+    ) -> dict[str, Tensor] | Tensor:
         """Convolve.
 
         Args:
@@ -287,12 +289,19 @@ class ConvSE3(nn.Module):
             basis: as `get_basis` gives it.
 
         Returns:
-            {'l': (N, C_out, 2l+1)}, or with E rows if not `pool`.
+            {'l': (N, C_out, 2l+1)}, or with E rows if not `pool`; see also `allow_fused_output`.
         """
         graph = as_graph(graph)
-        out = self._convolve(node_feats, edge_feats, graph.src, basis)
+        groups = self._convolve(node_feats, edge_feats, graph.src, basis)
+        if self.fused_output and ZERO_LENGTH not in basis:
+            return groups[0]
+        out: dict[int, Tensor] = {}
+        for degrees, group in zip(self._groups_out, groups, strict=True):
+            out.update(zip(degrees, group.split([degree_to_dim(degree) for degree in degrees], dim=2), strict=True))
         if ZERO_LENGTH in basis:
             out = self._add_isotropic(out, node_feats, edge_feats, graph.src, basis[ZERO_LENGTH])
+        if self.fused_output:
+            return torch.cat([out[degree] for degree in self.fiber_out.degrees], dim=2)
         out = {str(degree): out[degree] for degree in self.fiber_out.degrees}
         if self.self_interaction:
             for degree, kernel in self.to_kernel_self.items():
@@ -303,8 +312,8 @@ class ConvSE3(nn.Module):
 
     def _convolve(
         self, node_feats: dict[str, Tensor], edge_feats: dict[str, Tensor], src: Tensor, basis: dict[str, Tensor]
-    ) -> dict[int, Tensor]:
-        """Messages {l: (E, C_out, 2l+1)}, in chunks of edges if there are many."""
+    ) -> list[Tensor]:
+        """Messages (E, C_out, sum of 2l+1) of each group of output degrees, in chunks of edges if there are many."""
         weights = [rectangle.frame_weights() for rectangle in self._rectangles]
         frames = {degrees: frame_matrix(basis, degrees) for degrees in {*self._groups_in, *self._groups_out}}
 
@@ -319,15 +328,13 @@ class ConvSE3(nn.Module):
 
         chunk = MAX_EDGES_LOW_MEMORY if self.low_memory else MAX_EDGES
         if len(src) <= chunk:
-            out = messages(slice(None))
+            return messages(slice(None))
+        edges = [slice(start, start + chunk) for start in range(0, len(src), chunk)]
+        if torch.is_grad_enabled():
+            chunks = [checkpoint(messages, e, use_reentrant=False, preserve_rng_state=False) for e in edges]
         else:
-            edges = [slice(start, start + chunk) for start in range(0, len(src), chunk)]
-            if torch.is_grad_enabled():
-                chunks = [checkpoint(messages, e, use_reentrant=False, preserve_rng_state=False) for e in edges]
-            else:
-                chunks = [messages(e) for e in edges]
-            out = [torch.cat(parts) for parts in zip(*chunks, strict=True)]
-        return dict(zip(self.fiber_out.degrees, out, strict=True))
+            chunks = [messages(e) for e in edges]
+        return [torch.cat(parts) for parts in zip(*chunks, strict=True)]
 
     def _source_features(
         self, node_feats: dict[str, Tensor], edge_feats: dict[str, Tensor], src: Tensor, degrees: tuple[int, ...]
@@ -355,7 +362,7 @@ class ConvSE3(nn.Module):
         frames: dict[tuple[int, ...], Tensor],
         weights: list[list[Tensor]],
     ) -> list[Tensor]:
-        """Messages [(E, C_out, 2l+1)] of a chunk of edges: gather, rotate, contract order by order, rotate back."""
+        """What `_convolve` returns, for a chunk of edges: gather, rotate, contract order by order, rotate back."""
         x: dict[tuple, Tensor] = {}  # (degrees, m) -> (E, S, N_in), S = 1 for m = 0, else (+m, -m)
         for degrees in self._groups_in:
             rows = self._source_features(node_feats, edge_feats, src, degrees)
@@ -374,15 +381,11 @@ class ConvSE3(nn.Module):
                 key = (rectangle.degrees_out, order)
                 z[key] = z[key] + product if key in z else product
 
-        out = {}
+        out = []
         for degrees in self._groups_out:
-            rows = torch.cat(
-                [self._rows_of_order(z, degrees, order, len(src)) for order in range(max(degrees) + 1)], dim=1
-            )
-            rotated = frames[degrees].transpose(1, 2) @ rows  # (E, rows, C)
-            parts = rotated.transpose(1, 2).split([degree_to_dim(degree) for degree in degrees], dim=2)
-            out.update(zip(degrees, parts, strict=True))
-        return [out[degree] for degree in self.fiber_out.degrees]
+            rows = [self._rows_of_order(z, degrees, order, len(src)) for order in range(max(degrees) + 1)]
+            out.append(torch.cat(rows, dim=1).transpose(1, 2) @ frames[degrees])
+        return out
 
     def _rows_of_order(self, z: dict[tuple, Tensor], degrees: tuple[int, ...], order: int, num_edges: int) -> Tensor:
         """(E, S · (degrees >= order), C_out) output in the edge frame, as `split_orders` would split it."""
