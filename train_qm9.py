@@ -116,6 +116,10 @@ def main() -> None:
         torch.set_num_threads(settings.threads)
     with process_group(settings.device) as device:
         rebuild = f"python preprocess_qm9.py --name {settings.name} --data_dir {settings.data_dir}"
+        if settings.workers and settings.resident and device.type == "cuda":
+            raise ValueError(
+                "workers load batches on the CPU, but resident true keeps the molecules on the GPU: choose one"
+            )
         resident = device if settings.resident else "cpu"
         dataset = QM9Dataset.open(Path(settings.data_dir) / "cache" / settings.name, None, resident, rebuild)
         if settings.evaluate:

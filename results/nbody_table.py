@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 from statistics import mean, stdev
 
-NETWORK = ("num_layers", "num_degrees", "num_channels", "num_heads", "channels_div")
+NETWORK = ("num_iterations", "num_layers", "num_degrees", "num_channels", "num_heads", "channels_div")
 
 
 def main() -> None:
@@ -17,7 +17,7 @@ def main() -> None:
     for path in sorted((Path(__file__).parent / "nbody").glob("*.json")):
         result = json.loads(path.read_text())
         settings = result["settings"]
-        network = ", ".join(f"{settings[key]} {key.removeprefix('num_')}" for key in NETWORK)
+        network = ", ".join(f"{settings[key]} {key.removeprefix('num_')}" for key in NETWORK if settings[key] != 1)
         key = (settings["preset"], result["simulations"]["train"], settings["epochs"], network)
         rows.setdefault(key, []).append(result)
     print(

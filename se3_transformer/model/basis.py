@@ -179,15 +179,14 @@ def get_basis(
     return basis
 
 
-def check_relative_pos(relative_pos: Tensor) -> None:
-    """Raise ValueError unless relative_pos is a finite floating point tensor (E, 3)."""
+def check_relative_pos(relative_pos: Tensor, values: bool = True) -> None:
+    """Raise ValueError unless relative_pos is a floating point tensor (E, 3), and finite if `values` are to be read."""
     if relative_pos.ndim != 2 or relative_pos.shape[1] != 3 or not relative_pos.is_floating_point():
         raise ValueError(
             "rel_pos: expected a floating point tensor (E, 3) of pos[dst] - pos[src], "
             f"got {relative_pos.dtype} {tuple(relative_pos.shape)}"
         )
-    finite = relative_pos.isfinite().all(dim=-1)
-    if not finite.all():
+    if values and not (finite := relative_pos.isfinite().all(dim=-1)).all():
         bad = (~finite).nonzero().flatten()
         raise ValueError(
             f"rel_pos: {len(bad)} of {len(relative_pos)} edges hold NaN or infinity, the first is edge {bad[0].item()} "
@@ -214,19 +213,21 @@ def frame_kernels(degree_in: int, degree_out: int) -> tuple[Tensor, Tensor]:
     return torch.stack(a, dim=1), torch.stack(b, dim=1)
 
 
-def order_rows(degrees: tuple[int, ...]) -> list[int]:
-    """Where each row of `frame_matrix` lies among the rows (degree, m) ordered by degree."""
+@cache
+def order_rows(degrees: tuple[int, ...], device: torch.device) -> Tensor:
+    """Where each row of `frame_matrix` lies among the rows (degree, m) ordered by degree, int64 (rows,)."""
     starts, start = {}, 0
     for degree in degrees:
         starts[degree] = start
         start += 2 * degree + 1
-    return [
+    rows = [
         starts[degree] + degree + sign * order
         for order in range(max(degrees) + 1)
         for sign in ((1,) if order == 0 else (1, -1))
         for degree in degrees
         if degree >= order
     ]
+    return torch.tensor(rows, device=device)
 
 
 def split_orders(features: Tensor, degrees: tuple[int, ...]) -> list[Tensor]:
@@ -262,8 +263,7 @@ def frame_matrix(basis: dict[str, Tensor], degrees: tuple[int, ...]) -> Tensor:
         block = basis[str(degree)].transpose(1, 2)
         columns.append(torch.nn.functional.pad(block, (start, total - start - size)))
         start += size
-    rows = torch.tensor(order_rows(degrees), device=columns[0].device)
-    matrix = torch.cat(columns, dim=1).index_select(1, rows)
+    matrix = torch.cat(columns, dim=1).index_select(1, order_rows(degrees, columns[0].device))
     if isinstance(basis, ForwardBasis):
         basis[key] = matrix
     return matrix
