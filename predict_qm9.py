@@ -25,9 +25,9 @@ from dataloader.cache import CacheError, write_file
 from dataloader.molecules import ReadMolecules, describe_refused, read_sdf, read_smiles, read_xyz
 from dataloader.qm9 import QM9Dataset, graph_arrays, split_molecules
 from dataloader.qm9_layout import TARGETS, Target, cache_settings
-from experiments.qm9 import load_network, mean_absolute_error, plot_parity, predict
+from experiments.qm9 import check_same_data, load_network, mean_absolute_error, plot_parity, predict
 from se3_transformer.runtime.checkpoint import CheckpointError
-from se3_transformer.runtime.distributed import process_group
+from se3_transformer.runtime.distributed import is_main, process_group
 from se3_transformer.runtime.settings import parse_settings, require
 
 SUFFIXES = (".sdf", ".xyz", ".smi")
@@ -65,11 +65,14 @@ def main() -> None:
         target = TARGETS[info["task"]]
         inputs = from_split(settings, info, device) if settings.split else from_molecules(settings, info, device)
         predicted = predict(network.to(device), info, inputs.dataset, inputs.molecules, settings.batch_size)
+        is_main_process = is_main()
     if not predicted.isfinite().all():
         name = inputs.names[predicted.isfinite().int().argmin()]
         raise ValueError(
             f"expected finite predictions, got others, first for {name}; is {settings.checkpoint} damaged?"
         )
+    if not is_main_process:
+        return
     true = inputs.dataset.targets[inputs.molecules, list(TARGETS).index(target.name)]
     report(inputs, predicted, true, target, info["mean"], Path(settings.output))
 
@@ -96,6 +99,7 @@ def from_split(settings: EasyDict, info: dict, device: torch.device) -> Inputs:
     cache_dir = Path(settings.data_dir) / "cache" / settings.name
     rebuild = f"python preprocess_qm9.py --name {settings.name} --data_dir {settings.data_dir} --graph {info['graph']}"
     dataset = QM9Dataset.open(cache_dir, cache_settings(info["graph"], info["radius"]), device, rebuild)
+    check_same_data(info, dataset, settings.checkpoint)
     known = dataset.targets[:, list(TARGETS).index(info["task"])]
     molecules = split_molecules(known, info["split_seed"])[settings.split]
     return Inputs([f"{settings.name} {i}" for i in molecules.tolist()], [], dataset, molecules)

@@ -20,7 +20,7 @@ from dataloader.cache import Cache, CacheError, CacheWriter, exclusive, open_cac
 from dataloader.nbody_files import describe_simulations, load_simulations, save_simulations
 from dataloader.nbody_protocols import cache_settings
 from dataloader.nbody_simulator import simulate
-from se3_transformer.runtime.settings import parse_settings, require
+from se3_transformer.runtime.settings import parse_settings, require, require_file_name
 
 SPLITS = ("train", "val", "test")
 SETTINGS = EasyDict(
@@ -66,8 +66,7 @@ def main():
 def check(settings: EasyDict) -> None:
     """Raise ValueError for settings that make no sense."""
     require(settings, {"num_train": 1, "num_val": 1, "num_test": 1, "n_balls": 2, "box_size": 0, "seed": 0})
-    if not settings.name or Path(settings.name).name != settings.name:
-        raise ValueError(f"name must be the first part of a file name, got {settings.name!r}")
+    require_file_name(settings, "name")
 
 
 def find_or_simulate(split: str, data_dir: Path, cache_dir: Path, settings: EasyDict, known: dict) -> dict:

@@ -20,7 +20,7 @@ from easydict import EasyDict
 
 from dataloader.cache import Cache, CacheError, CacheWriter, exclusive, fingerprint, open_cache
 from dataloader.qm9_layout import GRAPHS, RAW_FILES, TARGETS, Molecules, cache_settings, load_molecules
-from se3_transformer.runtime.settings import parse_settings
+from se3_transformer.runtime.settings import parse_settings, require_file_name
 
 SETTINGS = EasyDict(
     source="",  # file in the layout of qm9_edge.npz, or directory of the raw files; by default looked for in data_dir
@@ -75,8 +75,7 @@ def check(settings: EasyDict) -> None:
         raise ValueError(f"graph must be one of {', '.join(GRAPHS)}, got {settings.graph!r}")
     if not 0 < settings.radius < float("inf"):
         raise ValueError(f"radius must be positive, got {settings.radius}")
-    if not settings.name or Path(settings.name).name != settings.name:
-        raise ValueError(f"name must be a file name, got {settings.name!r}")
+    require_file_name(settings, "name")
 
 
 def find_source(source: str, data_dir: Path) -> list[Path]:

@@ -15,13 +15,13 @@ from pathlib import Path
 import torch
 from easydict import EasyDict
 
-from dataloader.cache import CacheError
+from dataloader.cache import CacheError, write_file
 from dataloader.nbody import NBodyDataset
 from dataloader.nbody_protocols import cache_settings
 from experiments.nbody import NBodyNetwork, NBodyTask, equivariance_error, evaluate, load_network, plot_trajectories
 from se3_transformer.runtime.checkpoint import CheckpointError
 from se3_transformer.runtime.distributed import is_main, process_group
-from se3_transformer.runtime.settings import parse_settings, require
+from se3_transformer.runtime.settings import parse_settings, require, require_file_name
 from se3_transformer.runtime.trainer import (
     WITHOUT_INFLUENCE,
     NonFiniteLoss,
@@ -86,6 +86,10 @@ def main() -> None:
     if settings.threads:
         torch.set_num_threads(settings.threads)
     with process_group(settings.device) as device:
+        if settings.workers and device.type == "cuda":
+            raise ValueError(
+                "workers load batches on the CPU, but the simulations are kept on the GPU: leave workers at 0"
+            )
         train(settings, device)
 
 
@@ -106,10 +110,11 @@ def train(settings: EasyDict, device: torch.device) -> None:
     network = NBodyNetwork(**network_settings)
     task_settings = ("batch_size", "seed", "position_weight", "num_train", "num_start_frames")
     task = NBodyTask(train, validation, *(settings[key] for key in task_settings), num_targets=settings.num_iterations)
+    decisive = {key: value for key, value in settings.items() if key not in WITHOUT_INFLUENCE | {"data_dir"}}
     trainer = Trainer(
         network,
         task,
-        {key: value for key, value in settings.items() if key not in WITHOUT_INFLUENCE | {"data_dir"}},
+        decisive | {"data": train.identity},
         last_path,
         best_path,
         Path("runs") / settings.run_name,
@@ -123,8 +128,7 @@ def train(settings: EasyDict, device: torch.device) -> None:
         if trainer.step:
             print(f"going on after epoch {trainer.epoch} of {settings.epochs} ({last_path})")
     trainer.train()
-    if is_main():
-        report(load_network(best_path).to(device), test, trainer, settings, best_path)
+    report(load_network(best_path).to(device), test, trainer, settings, best_path)
 
 
 def check(settings: EasyDict) -> None:
@@ -133,11 +137,16 @@ def check(settings: EasyDict) -> None:
     require(settings, dict.fromkeys(positive, 1) | {"num_radial": 2})
     require(settings, dict.fromkeys(["box_size", "num_train", "num_start_frames", "position_weight"], 0))
     check_training_settings(settings)
+    for key in ("name", "run_name"):
+        if settings[key]:
+            require_file_name(settings, key)
 
 
 def report(network: NBodyNetwork, test: NBodyDataset, trainer: Trainer, settings: EasyDict, best_path: Path) -> None:
     """Test errors of the best epoch beside the baselines: printed, as JSON, as a figure, and to TensorBoard."""
     errors, baselines = evaluate(network, test), test.baselines
+    if not is_main():
+        return
     symmetry = equivariance_error(network, test.batch(torch.arange(min(64, len(test)))))
     best_epoch = min(trainer.history, key=lambda facts: facts["val_selection"])
     result = {
@@ -151,12 +160,12 @@ def report(network: NBodyNetwork, test: NBodyDataset, trainer: Trainer, settings
         "settings": trainer.settings,
     }
     result_path = best_path.with_name(f"{settings.run_name}_result.json")
-    result_path.write_text(json.dumps(result, indent=1) + "\n")
     figure = plot_trajectories(network, test)
     figure_path = best_path.with_name(f"{settings.run_name}_trajectories.png")
-    figure.savefig(figure_path, dpi=110)
+    write_file(figure_path, lambda file: figure.savefig(file, dpi=110, format="png"))
     trainer.log.figure("test/trajectories", figure, trainer.step)
     trainer.log.outcome(trainer.settings, errors, trainer.step)
+    write_file(result_path, lambda file: file.write((json.dumps(result, indent=1) + "\n").encode()))
 
     rows = {
         "no change": (baselines["no_change_x"], baselines["no_change_v"]),

@@ -25,6 +25,7 @@ from experiments.qm9 import (
     NETWORK_SETTINGS,
     QM9Task,
     build_network,
+    check_same_data,
     load_network,
     mean_absolute_error,
     plot_parity,
@@ -32,7 +33,7 @@ from experiments.qm9 import (
 )
 from se3_transformer.runtime.checkpoint import CheckpointError
 from se3_transformer.runtime.distributed import is_main, process_group
-from se3_transformer.runtime.settings import parse_settings, require
+from se3_transformer.runtime.settings import parse_settings, require, require_file_name
 from se3_transformer.runtime.trainer import (
     WITHOUT_INFLUENCE,
     NonFiniteLoss,
@@ -92,7 +93,6 @@ PRESETS = {
         "batch_size": 128,
         "final_learning_rate": 1e-5,
         "weight_decay": 0.01,
-        "ema_decay": 0.99,
     },
     "fast": {"precision": "bfloat16"},
     "paper": {
@@ -104,6 +104,7 @@ PRESETS = {
         "final_learning_rate": 1e-4,
         "warmup_steps": 0,
         "weight_decay": 0.0,
+        "max_grad_norm": 1e6,  # the paper clips nothing
         "ema_decay": 0.0,
     },
 }
@@ -134,6 +135,9 @@ def check(settings: EasyDict) -> None:
     not_negative = ["num_train", "num_val", "split_seed", "benchmark"]
     require(settings, dict.fromkeys(positive, 1) | dict.fromkeys(not_negative, 0))
     check_training_settings(settings)
+    for key in ("name", "run_name"):
+        if settings[key]:
+            require_file_name(settings, key)
     for key, known in (("task", TARGETS), ("pooling", ("max", "avg"))):
         if settings[key] not in known:
             raise ValueError(f"{key} must be one of {', '.join(known)}, got {settings[key]!r}")
@@ -162,10 +166,11 @@ def train(settings: EasyDict, dataset: QM9Dataset, device: torch.device) -> None
     task = QM9Task(dataset, settings.task, split, settings.num_degrees - 1, **task_settings)
     describe = {
         "network": {key: settings[key] for key in NETWORK_SETTINGS},
-        "info": task.info | {"split_seed": settings.split_seed},
+        "info": task.info | {"split_seed": settings.split_seed, "data": dataset.identity},
     }
     without_influence = WITHOUT_INFLUENCE | {"data_dir", "resident", "benchmark", "evaluate"}
     decisive = {key: value for key, value in settings.items() if key not in without_influence}
+    decisive["data"] = dataset.identity
     control = {key: settings[key] for key in ("workers", "log_every", "save_every", "max_minutes")}
     if settings.benchmark:
         with tempfile.TemporaryDirectory() as directory:
@@ -205,10 +210,10 @@ def report(trainer: Trainer, settings: EasyDict, test: torch.LongTensor, best_pa
     result_path, figure_path = (
         best_path.with_name(f"{settings.run_name}_{end}") for end in ("result.json", "parity.png")
     )
-    write_file(result_path, lambda file: file.write((json.dumps(result, indent=1) + "\n").encode()))
     write_file(figure_path, lambda file: figure.savefig(file, dpi=110, format="png"))
     trainer.log.figure("test/parity", figure, trainer.step)
     trainer.log.outcome(trainer.settings, {key: facts[key] for key in ("mae", "baseline_mae")}, trainer.step)
+    write_file(result_path, lambda file: file.write((json.dumps(result, indent=1) + "\n").encode()))
     print(f"\nbest epoch {best_epoch['epoch']} of {settings.epochs}, chosen by validation")
     print_error(facts)
     print(f"weights {best_path}   result {result_path}   figure {figure_path}   curves: tensorboard --logdir runs")
@@ -217,11 +222,7 @@ def report(trainer: Trainer, settings: EasyDict, test: torch.LongTensor, best_pa
 def evaluate(settings: EasyDict, dataset: QM9Dataset, device: torch.device) -> None:
     """Test error of a checkpoint, on the test molecules of its own split."""
     network, info = load_network(settings.evaluate)
-    trained_on = {key: info[key] for key in ("graph", "radius") if key in dataset.settings}
-    if trained_on != {key: dataset.settings[key] for key in trained_on}:
-        raise ValueError(
-            f"{settings.evaluate} was trained on graphs with {trained_on}, the cache has {dataset.settings}"
-        )
+    check_same_data(info, dataset, settings.evaluate)
     test = split_of(dataset, info["task"], info["split_seed"])["test"]
     facts, _ = test_error(network.to(device), info, dataset, test)
     if is_main():

@@ -52,6 +52,12 @@ class Cache:
     arrays: dict[str, np.ndarray]  # mapped copy-on-write: changing one changes nothing on disk
 
     @property
+    def identity(self) -> str:
+        """Hash of the settings and of the content of the sources: what the arrays are a function of."""
+        content = {name: source.get("sha256") for name, source in self.sources.items()}
+        return _checksum({"settings": self.settings, "sources": sorted(content.items())})[:16]
+
+    @property
     def num_bytes(self) -> int:
         """Size of all arrays."""
         return sum(array.nbytes for array in self.arrays.values())

@@ -72,7 +72,7 @@ class NBodyDataset:
         if split not in cache.sources:
             raise KeyError(f"{cache_dir}: expected one of the splits {', '.join(cache.sources)}, got {split!r}")
         _check_unchanged(cache.sources[split], cache.directory, rebuild)
-        self.settings = cache.settings
+        self.settings, self.identity = cache.settings, cache.identity
         self.baselines: dict[str, float] = cache.info["baselines"][split]  # see `baseline_errors`
         self.interval: float = cache.info["interval"]  # simulated time from start to target
         self.split = split
@@ -128,7 +128,7 @@ class NBodyDataset:
         _check_range("start_frames", start_frames, self.num_start_frames)
 
         device, B, n = self.positions.device, len(simulations), self.num_particles
-        simulations, start_frames = simulations.to(device), start_frames.to(device)
+        simulations, start_frames = (rows.to(device, non_blocking=True) for rows in (simulations, start_frames))
         start = simulations * self.positions.shape[1] + start_frames  # (B,) rows of (S·F, …)
         spacing = self.delta_frames // num_targets
         target = start + spacing * torch.arange(1, num_targets + 1, device=device)[:, None]  # (K, B)

@@ -88,11 +88,14 @@ class QM9Dataset:
         arrays: what `graph_arrays` returns.
         settings: what they were made with, kept as the attribute `settings`.
         device: where batches are made; other than the CPU, all molecules are copied there.
+        identity: tells data sets apart, see `Cache.identity`; kept as the attribute `identity`.
     """
 
-    def __init__(self, arrays: dict[str, np.ndarray], settings: dict, device: torch.device | str = "cpu"):
+    def __init__(
+        self, arrays: dict[str, np.ndarray], settings: dict, device: torch.device | str = "cpu", identity: str = ""
+    ):
         on_cpu = {name: torch.from_numpy(values) for name, values in arrays.items()}
-        self.settings = settings
+        self.settings, self.identity = settings, identity
         self.targets = on_cpu["targets"]  # (G, 19) float64 on the CPU, in the order and units of `TARGETS`
         # Sizes stay on the CPU, so that the shapes of a batch are known without asking the device.
         self.num_nodes: LongTensor = on_cpu["node_offsets"].diff()  # (G,) atoms of each molecule
@@ -129,7 +132,7 @@ class QM9Dataset:
             for name, source in recorded.items()
         }
         cache = open_cache(cache_dir, rebuild, settings, present)
-        return cls(cache.arrays, cache.settings, device)
+        return cls(cache.arrays, cache.settings, device, cache.identity)
 
     def __len__(self) -> int:
         """Number of molecules G."""

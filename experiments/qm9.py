@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from matplotlib.figure import Figure  # made without pyplot: needs no display, nothing to close
 from torch import LongTensor, Tensor, nn
+from tqdm import tqdm
 
 from dataloader.qm9 import (
     NUM_EDGE_FEATURES,
@@ -20,7 +21,7 @@ from dataloader.qm9 import (
 )
 from se3_transformer.model import Fiber, SE3TransformerPooled
 from se3_transformer.runtime.checkpoint import CheckpointError, load_checkpoint
-from se3_transformer.runtime.distributed import gather_shares, rank, world_size
+from se3_transformer.runtime.distributed import gather_shares, is_main, rank, world_size
 
 NETWORK_SETTINGS = (
     "num_layers",
@@ -130,6 +131,16 @@ class QM9Task:
         return {"task": self.target.name, "mean": self.mean, "std": self.std, "max_degree": self.max_degree} | graph
 
 
+def check_same_data(info: Mapping[str, object], dataset: QM9Dataset, checkpoint: str) -> None:
+    """Raise ValueError unless a network was trained on this very data set: with another, the splits would differ."""
+    if info["data"] != dataset.identity:
+        graph = {key: info[key] for key in ("graph", "radius") if info[key] is not None}
+        raise ValueError(
+            f"{checkpoint} was trained on other molecules or other graphs ({graph}) than this cache holds "
+            f"({dataset.settings}); give --name and --data_dir of the cache that it was trained on"
+        )
+
+
 @torch.no_grad()
 def predict(
     network: nn.Module, info: Mapping[str, object], dataset: QM9Dataset, molecules: LongTensor, batch_size: int = 256
@@ -151,7 +162,7 @@ def predict(
     share = molecules[order][rank() :: world_size()]
     parts = [
         run_network(network, dataset.batch(part).to(device, non_blocking=True), info["max_degree"]).double()
-        for part in share.split(batch_size)
+        for part in tqdm(share.split(batch_size), desc="predicting", leave=False, disable=None if is_main() else True)
     ]
     empty = torch.zeros(0, dtype=torch.float64, device=device)
     sorted_values = gather_shares(torch.cat([*parts, empty]), len(molecules)).cpu()

@@ -1,6 +1,6 @@
 """Prints the QM9 table of the README from the result files of train_qm9.py in results/qm9/.
 
-    python results/qm9_table.py
+python results/qm9_table.py
 """
 
 import json

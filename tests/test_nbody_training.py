@@ -141,3 +141,34 @@ def test_reflect_equals_many_small_steps():
         position = torch.where(position > 5, 10 - position, torch.where(position < -5, -10 - position, position))
     torch.testing.assert_close(end, position, rtol=0, atol=1e-8)
     torch.testing.assert_close(sign * v, velocity)
+
+
+def test_two_processes_equal_one(simulated):
+    """A real torchrun: batches of 9 do not divide by 2."""
+    flags = [*TINY, "--batch_size", "9", "--epochs", "2"]
+    assert run("train_nbody.py", *flags, "--run_name", "one", cwd=simulated).returncode == 0
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    process = start(*launcher, str(ROOT / "train_nbody.py"), *flags, "--run_name", "two", cwd=simulated)
+    stdout, stderr = process.communicate(timeout=240)
+    assert process.returncode == 0, stderr
+    assert stdout.count("Test error on 10 simulations") == 1
+    one, two = (json.loads((simulated / f"data/{name}_result.json").read_text()) for name in ("one", "two"))
+    for split in ("test", "validation"):
+        assert one[split] == pytest.approx(two[split], rel=1e-4)
+
+
+def test_other_simulations_are_not_taken_for_the_same(simulated, trained):
+    """A run does not go on with simulations other than those that it began with."""
+    before = (simulated / "data/whole_last.pt").read_bytes()
+    sizes = ["--num_train", "32", "--num_val", "10", "--num_test", "10"]
+    assert run("preprocess_nbody.py", *sizes, "--seed", "1", "--name", "other", cwd=simulated).returncode == 0
+    cache, other = simulated / "data/cache/nbody", simulated / "data/cache/other"
+    cache.rename(simulated / "data/cache/kept")
+    other.rename(cache)
+    try:
+        done = run("train_nbody.py", *TINY, "--epochs", "3", "--run_name", "whole", cwd=simulated)
+    finally:
+        cache.rename(other)
+        (simulated / "data/cache/kept").rename(cache)
+    assert done.returncode != 0 and "cannot be resumed, it was trained with data " in done.stderr
+    assert (simulated / "data/whole_last.pt").read_bytes() == before

@@ -200,6 +200,7 @@ def test_time_limit_stops_and_goes_on(prepared):
         (["--num_train", "77"], "num_train must be at most 76"),
         (["--num_val", "15"], "num_val must be at most 14"),
         (["--num_heads", "3"], "do not divide by 3 heads"),
+        (["--run_name", "a/b"], "run_name must be a name for files, without directories, got 'a/b'"),
         (["--evaluate", "data/none.pt"], "none.pt"),
         (["--evaluate", "small.npz"], "small.npz: not a readable checkpoint"),
         (["--evaluate", "data/whole_last.pt"], "expected a checkpoint of train_qm9.py"),
@@ -237,6 +238,7 @@ def test_several_targets_in_pieces(prepared):
     assert outputs[0][1] != 0 and "out of time: the same command goes on" in outputs[0][0][1]
     for (stdout, _), status in outputs[1:]:
         assert status == 0
-        assert "gap: test MAE" in stdout and "Cv: test MAE" in stdout and "cal/(mol K)" in stdout
+        assert "Test error of gap" in stdout and "Test error of Cv" in stdout and "cal/(mol K)" in stdout
         assert stdout.endswith("all targets are done\n")
-    assert "epoch" in outputs[1][0][0] and "epoch" not in outputs[2][0][0]
+    reports = [[line for line in stdout.splitlines() if line.startswith("SE(3)")] for (stdout, _), _ in outputs[1:]]
+    assert reports[0] == reports[1] and len(reports[0]) == 2

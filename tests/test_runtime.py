@@ -229,7 +229,7 @@ def test_damaged_state_is_named_and_the_one_before_it_used(tmp_path, capsys):
     assert_same_state(load_checkpoint(tmp_path / "straight/last.pt"), load_checkpoint(last))
     os.truncate(last, 1000)
     os.truncate(previous_path(last), 1000)
-    with pytest.raises(CheckpointError, match="no other to go on from"):
+    with pytest.raises(CheckpointError, match=r"no other to go on from; .*delete .*last\.pt and .*last\.previous\.pt"):
         trainer(tmp_path / "damaged")
 
 
@@ -250,6 +250,47 @@ def test_loss_that_is_not_finite_stops_with_the_state_before_it(tmp_path, batch)
     straight = trainer(tmp_path / "straight")
     straight.train()
     assert_same_state(load_checkpoint(tmp_path / "straight/last.pt"), load_checkpoint(tmp_path / "bad/last.pt"))
+
+
+def test_validation_error_that_is_not_finite_stops(tmp_path):
+    class Lost(ToyTask):
+        def validate(self, model):
+            return {"selection": math.nan}
+
+    with pytest.raises(NonFiniteLoss, match="the validation error after epoch 1"):
+        trainer(tmp_path, Lost()).train()
+
+
+def test_float16_that_always_overflows_stops(tmp_path):
+    """The loss is finite, its gradient is not, at any scale."""
+
+    class Steep(ToyTask):
+        def loss(self, model, batch):
+            loss, scalars = super().loss(model, batch)
+            weight = model[0].weight
+            return loss + (weight - weight.detach()).abs().sqrt().sum(), scalars
+
+    with pytest.raises(NonFiniteLoss, match="gradient_norm"):
+        trainer(tmp_path, Steep(), precision="float16", epochs=20).train()
+
+
+def test_kill_between_log_and_state(tmp_path):
+    """What was recorded after the last saved state does not come twice."""
+    trainer(tmp_path / "straight", log_every=2).train()
+    killed = trainer(tmp_path / "killed", log_every=2, save_every=6)
+    save, saves = killed._save_last, []
+
+    def save_once():  # the state in the last step of the epoch is saved, the one after validation is not
+        if saves:
+            raise SystemExit
+        saves.append(save())
+
+    killed._save_last = save_once
+    with pytest.raises(SystemExit):
+        killed.train()
+    trainer(tmp_path / "killed", log_every=2, save_every=6).train()
+    steps = [[line["step"] for line in lines(tmp_path / name)] for name in ("straight", "killed")]
+    assert steps[0] == steps[1]
 
 
 def test_worker_processes_do_not_change_the_result(tmp_path):
@@ -288,6 +329,24 @@ def test_kill_during_a_write_leaves_a_whole_checkpoint(tmp_path):
     assert len(list(tmp_path.iterdir())) <= 3  # the file, the one before it, and one that was being written
 
 
+def test_flipped_bit_is_noticed(tmp_path):
+    path = tmp_path / "a.pt"
+    save_checkpoint(path, {"weights": torch.zeros(10_000)})
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"a\.pt: not a readable checkpoint \(.* is damaged\)"):
+        load_checkpoint(path)
+
+
+def test_state_of_another_network_is_named(tmp_path):
+    trainer(tmp_path).train()
+    state = load_checkpoint(tmp_path / "last.pt")
+    save_checkpoint(tmp_path / "last.pt", state | {"model": {}})
+    with pytest.raises(CheckpointError, match=r"last\.pt: a state that does not fit this run"):
+        trainer(tmp_path)
+
+
 def test_missing_checkpoint_falls_back_on_the_one_before(tmp_path):
     """What is there when a process is killed between the two renames of a write."""
     assert load_latest_checkpoint(tmp_path / "a.pt") is None
@@ -297,13 +356,13 @@ def test_missing_checkpoint_falls_back_on_the_one_before(tmp_path):
 
 
 def test_log_drops_what_lies_ahead_and_what_was_cut_off(tmp_path):
-    log = RunLog(tmp_path, 0)
+    log = RunLog(tmp_path, 0, 0)
     for step in (10, 20, 30):
         log.scalars("train", {"loss": 1.0 / step}, step)
     log.close()
     with open(log.path, "a") as file:
         file.write('{"step": 40, "train/lo')
-    log = RunLog(tmp_path, 20)
+    log = RunLog(tmp_path, 20, 2)
     log.scalars("train", {"loss": 2.0}, 30)
     log.outcome({"rate": 0.1, "name": "x"}, {"mse": 3.0}, 30)
     records = [json.loads(line) for line in log.path.read_text().splitlines()]

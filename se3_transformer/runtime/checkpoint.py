@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import sys
+import zipfile
 from pathlib import Path
 
 import torch
@@ -15,12 +16,13 @@ class CheckpointError(Exception):
 
 
 def save_checkpoint(path: str | Path, content: dict, keep_previous: bool = False) -> None:
-    """Write `content` (tensors and plain values) to `path` so that a reader finds the old file or the whole new one.
+    """Write `content` (tensors and plain values) to `path` so that a reader never finds half a file.
 
     Args:
         path: the file.
         content: what to save.
-        keep_previous: rename the file that is there to `previous_path(path)` instead of replacing it.
+        keep_previous: rename the file that is there to `previous_path(path)` instead of replacing it; between the two
+            renames there is none at `path`.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -45,10 +47,13 @@ def load_checkpoint(path: str | Path, map_location: str | torch.device = "cpu") 
         CheckpointError: truncated, or not a checkpoint of tensors and plain values.
     """
     try:
+        with zipfile.ZipFile(path) as file:
+            if damaged := file.testzip():  # torch does not compare checksums
+                raise CheckpointError(f"{path}: not a readable checkpoint ({damaged} in it is damaged)")
         content = torch.load(path, map_location=map_location, weights_only=True)
     except FileNotFoundError:
         raise
-    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError, KeyError) as error:
+    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
         raise CheckpointError(f"{path}: not a readable checkpoint ({type(error).__name__}: {error})") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: expected a dict, got {type(content).__name__}")
@@ -77,8 +82,13 @@ def load_latest_checkpoint(path: str | Path) -> tuple[dict, Path] | None:
             print(f"warning: going on from the one before it, {candidate}", file=sys.stderr)
         return content, candidate
     if error:
-        raise CheckpointError(f"{error}. There is no other to go on from; delete the file to start anew")
+        raise CheckpointError(f"{error}. There is no other to go on from; to start anew, {how_to_start_anew(path)}")
     return None
+
+
+def how_to_start_anew(path: str | Path) -> str:
+    """What to delete so that a run does not go on from the checkpoint at `path`."""
+    return f"delete {path} and {previous_path(path)}"
 
 
 def previous_path(path: str | Path) -> Path:

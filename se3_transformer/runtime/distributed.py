@@ -36,6 +36,8 @@ def process_group(device: str) -> Iterator[torch.device]:
     if chosen.type == "cuda":
         if chosen.index is None:
             chosen = torch.device("cuda", int(os.environ["LOCAL_RANK"]) if launched else 0)
+        if chosen.index >= (count := torch.cuda.device_count()):
+            raise ValueError(f"device: expected one of {count} CUDA devices, got {chosen}")
         torch.cuda.set_device(chosen)
     if not launched:
         yield chosen

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,36 +17,32 @@ LINES = "log.jsonl"
 
 
 class RunLog:
-    """Writes into one directory; records of a resumed run that lie after the step it goes on from are dropped.
+    """Writes into one directory; what a resumed run has recorded after the state that it goes on from is dropped.
 
-    Each line of `log.jsonl` is {"step": …, "group/name": value, …}.
+    Each line of `log.jsonl` is {"step": …, "group/name": value, …}. The attribute `lines` counts them.
 
     Args:
         log_dir: directory of the run.
         step: optimiser steps taken so far.
+        lines: lines of `log.jsonl` when the state was saved.
     """
 
-    def __init__(self, log_dir: str | Path, step: int):
+    def __init__(self, log_dir: str | Path, step: int, lines: int):
         self.path = Path(log_dir) / LINES
         self._writer = SummaryWriter(str(log_dir), purge_step=step + 1)
-        kept = [line for line in self._whole_lines() if json.loads(line)["step"] <= step]
-        self._file = self.path.open("w")
-        self._file.writelines(kept)
-        self._file.flush()
-
-    def _whole_lines(self) -> list[str]:
-        """The lines that are there, without one that a killed process did not finish."""
-        if not self.path.exists():
-            return []
-        return [line for line in self.path.read_text().splitlines(keepends=True) if line.endswith("}\n")]
+        kept = self.path.read_text().splitlines(keepends=True)[:lines] if self.path.exists() else []
+        rewritten = self.path.with_suffix(".writing")
+        rewritten.write_text("".join(kept))
+        os.replace(rewritten, self.path)
+        self.lines = len(kept)
+        self._file = self.path.open("a")
 
     def scalars(self, group: str, values: Mapping[str, float], step: int) -> None:
         """Record numbers under `group/name`."""
         tagged = {f"{group}/{name}": value for name, value in values.items()}
         for tag, value in tagged.items():
             self._writer.add_scalar(tag, value, step)
-        self._file.write(json.dumps({"step": step} | tagged) + "\n")
-        self._file.flush()
+        self._write({"step": step} | tagged)
 
     def figure(self, tag: str, figure: Figure, step: int) -> None:
         """Record a figure (TensorBoard only)."""
@@ -56,8 +53,13 @@ class RunLog:
         plain = {key: value if isinstance(value, (bool, int, float)) else str(value) for key, value in settings.items()}
         tagged = {f"final/{name}": value for name, value in metrics.items()}
         self._writer.add_hparams(plain, tagged, run_name=".", global_step=step)
-        self._file.write(json.dumps({"step": step, "settings": plain} | tagged) + "\n")
+        self._write({"step": step, "settings": plain} | tagged)
         self.close()
+
+    def _write(self, record: dict) -> None:
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+        self.lines += 1
 
     def close(self) -> None:
         self._writer.close()

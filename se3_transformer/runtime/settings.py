@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 from easydict import EasyDict
 
@@ -69,6 +70,12 @@ def require(settings: Mapping[str, object], lowest: Mapping[str, float]) -> None
     for key, low in lowest.items():
         if not low <= settings[key] < float("inf"):
             raise ValueError(f"{key} must be at least {low}, got {settings[key]}")
+
+
+def require_file_name(settings: Mapping[str, object], key: str) -> None:
+    """Raise ValueError unless a setting can be part of a file name: without directories."""
+    if not settings[key] or Path(settings[key]).name != settings[key]:
+        raise ValueError(f"{key} must be a name for files, without directories, got {settings[key]!r}")
 
 
 def _parse_bool(text: str) -> bool:

@@ -20,7 +20,12 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from se3_transformer.runtime.checkpoint import CheckpointError, load_latest_checkpoint, save_checkpoint
+from se3_transformer.runtime.checkpoint import (
+    CheckpointError,
+    how_to_start_anew,
+    load_latest_checkpoint,
+    save_checkpoint,
+)
 from se3_transformer.runtime.distributed import (
     any_process,
     barrier,
@@ -46,6 +51,7 @@ WITHOUT_INFLUENCE = {  # settings that do not change what is learned: a run may 
     "save_every",
     "max_minutes",
 }
+OVERFLOWS = 50  # steps in a row that the scaler of float16 may skip, until its scale fits
 WARMUP_OF_BENCHMARK = 5  # steps that are not timed
 
 
@@ -158,6 +164,7 @@ class Trainer:
         self.autocast_dtype = PRECISIONS[s["precision"]]
         torch.set_float32_matmul_precision("high" if s["precision"] == "tf32" else "highest")
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=s["precision"] == "float16")
+        self._overflows, self._allowed_overflows = 0, OVERFLOWS if self.scaler.is_enabled() else 0
         self.distributed = DistributedDataParallel(model) if world_size() > 1 else model
         self.epoch, self.step_in_epoch, self.best = 0, 0, math.inf
         self.facts = _EpochFacts()
@@ -165,12 +172,13 @@ class Trainer:
         self.history: list[dict[str, float]] = []
         self._pending: list[tuple[int, Tensor]] = []  # numbers of steps that are still on the device
         self._last_is_whole = True  # else the next state to be saved must not push out the one before it
+        self._log_lines = 0
         latest = load_latest_checkpoint(self.last_path)
         if latest is not None:
             state, path = latest
-            self._resume(state)
+            self._resume(state, path)
             self._last_is_whole = path == self.last_path
-        self.log = RunLog(log_dir, self.step) if is_main() else None
+        self.log = RunLog(log_dir, self.step, self._log_lines) if is_main() else None
 
     @property
     def step(self) -> int:
@@ -194,6 +202,8 @@ class Trainer:
                 try:
                     self._train_epoch(interrupted)
                     self._finish_epoch()
+                    if any_process(interrupted.is_set(), self.device):
+                        raise KeyboardInterrupt
                 except (KeyboardInterrupt, OutOfTime, NonFiniteLoss) as stop:
                     # On a GPU, steps that follow the one with a loss that is not finite have been taken already.
                     if self.device.type == "cpu" or not isinstance(stop, NonFiniteLoss):
@@ -206,7 +216,8 @@ class Trainer:
     def benchmark(self, steps: int) -> float:
         """Examples per second over some training steps after a warm-up, all processes together; nothing is saved."""
         self.model.train()
-        batches = [self.task.batches(0)[i % self.steps_per_epoch] for i in range(WARMUP_OF_BENCHMARK + steps)]
+        epoch = self.task.batches(0)
+        batches = [epoch[i % len(epoch)] for i in range(WARMUP_OF_BENCHMARK + steps)]
         progress = tqdm(zip(batches, self._steps(batches)), total=len(batches), desc="benchmark", **_bar_options())
         for index, (_, parts) in enumerate(progress):
             if index == WARMUP_OF_BENCHMARK:
@@ -241,6 +252,7 @@ class Trainer:
             if self.save_every and self.step % self.save_every == 0:
                 self._save_last()
         self._read_pending()
+        self.facts.seconds = seconds + time.perf_counter() - began
 
     def _steps(self, batches: Sequence[Tensor]) -> Iterator[Iterator[tuple[Any, float]]]:
         """For each batch its parts that this process computes: pairs (batch, weight), see `_share`."""
@@ -306,11 +318,13 @@ class Trainer:
         means = (sum_over_processes(torch.stack(values)) / world_size()).tolist()
         for index, row in zip(indices, means):
             numbers = dict(zip(self._names, row))
-            if not math.isfinite(numbers["loss"]) or not (
-                self.scaler.is_enabled() or math.isfinite(numbers["gradient_norm"])
-            ):
+            overflow = not math.isfinite(numbers["gradient_norm"])
+            self._overflows = self._overflows + 1 if overflow else 0
+            if not math.isfinite(numbers["loss"]) or self._overflows > self._allowed_overflows:
                 raise NonFiniteLoss(self._where(index, numbers))
-            self.facts.add(numbers)
+            if overflow:  # the scaler skips this step
+                del numbers["gradient_norm"]
+            self.facts.steps.append(numbers)
             self.window.append(numbers)
 
     def _where(self, index: int, numbers: dict[str, float]) -> str:
@@ -330,7 +344,7 @@ class Trainer:
     def _log_window(self) -> None:
         """Record the means since the last record."""
         if self.log is not None and self.window:
-            means = {name: sum(row[name] for row in self.window) / len(self.window) for name in self.window[0]}
+            means = _means(self.window)
             means["learning_rate"] = self.scheduler.get_last_lr()[0]
             self.log.scalars("train", means, self.step)
         self.window = []
@@ -341,6 +355,8 @@ class Trainer:
         model.eval()
         with torch.no_grad():
             errors = self.task.validate(model)
+        if not math.isfinite(errors["selection"]):
+            raise NonFiniteLoss(f"the validation error after epoch {self.epoch + 1} is {errors}; lower learning_rate")
         self.epoch, self.step_in_epoch, self.facts = self.epoch + 1, 0, _EpochFacts()
         facts["learning_rate"] = self.scheduler.get_last_lr()[0]
         self.history.append({"epoch": self.epoch, **facts, **{f"val_{k}": v for k, v in errors.items()}})
@@ -377,22 +393,30 @@ class Trainer:
             "window": self.window,
             "best": self.best,
             "history": self.history,
+            "log_lines": self.log.lines,
         }
         save_checkpoint(self.last_path, state, keep_previous=self._last_is_whole)
         self._last_is_whole = True
 
-    def _resume(self, state: dict) -> None:
-        """Continue from a saved state; raises CheckpointError if it was made with other settings."""
+    def _resume(self, state: dict, path: Path) -> None:
+        """Continue from a saved state; raises CheckpointError if it is none, or was made with other settings."""
+        known = state.get("settings", {})
         changed = [
-            f"{key} {state['settings'].get(key)} (now {value})"
-            for key, value in self.settings.items()
-            if state["settings"].get(key) != value
+            f"{key} {known.get(key)} (now {value})" for key, value in self.settings.items() if known.get(key) != value
         ]
         if changed:
             raise CheckpointError(
-                f"{self.last_path}: cannot be resumed, it was trained with {', '.join(changed)}. "
-                "Give those settings again, take another --run_name, or delete the file to start anew"
+                f"{path}: cannot be resumed, it was trained with {', '.join(changed)}. Give those settings again, "
+                f"take another --run_name, or, to start anew, {how_to_start_anew(self.last_path)}"
             )
+        try:
+            self._set_state(state)
+        except (KeyError, ValueError, RuntimeError) as error:
+            raise CheckpointError(
+                f"{path}: a state that does not fit this run ({type(error).__name__}: {error})"
+            ) from error
+
+    def _set_state(self, state: dict) -> None:
         self.model.load_state_dict(state["model"])
         if self.averaged is not None:
             self.averaged.load_state_dict(state["averaged"])
@@ -404,7 +428,7 @@ class Trainer:
             torch.cuda.set_rng_state(state["random_cuda"], self.device)
         self.epoch, self.step_in_epoch = state["epoch"], state["step_in_epoch"]
         self.facts, self.window = _EpochFacts(**state["facts"]), state["window"]
-        self.best, self.history = state["best"], state["history"]
+        self.best, self.history, self._log_lines = state["best"], state["history"], state["log_lines"]
 
     def _synchronize(self) -> None:
         if self.device.type == "cuda":
@@ -416,20 +440,22 @@ class Trainer:
 class _EpochFacts:
     """What has been measured in an epoch so far."""
 
-    sums: dict[str, float] = field(default_factory=dict)  # of the numbers of each step
-    steps: int = 0
+    steps: list[dict[str, float]] = field(default_factory=list)  # numbers of each step
     examples: int = 0
     seconds: float = 0.0
 
-    def add(self, numbers: dict[str, float]) -> None:
-        for name, value in numbers.items():
-            self.sums[name] = self.sums.get(name, 0.0) + value
-        self.steps += 1
-
     def means(self) -> dict[str, float]:
         """Means over steps, and seconds and throughput."""
-        means = {name: total / self.steps for name, total in self.sums.items()}
-        return means | {"seconds": self.seconds, "examples_per_second": self.examples / self.seconds}
+        return _means(self.steps) | {"seconds": self.seconds, "examples_per_second": self.examples / self.seconds}
+
+
+def _means(rows: list[dict[str, float]]) -> dict[str, float]:
+    """Mean of each number over the rows that have it."""
+    values: dict[str, list[float]] = {}
+    for row in rows:
+        for name, value in row.items():
+            values.setdefault(name, []).append(value)
+    return {name: sum(column) / len(column) for name, column in values.items()}
 
 
 def _bar_options() -> dict:
@@ -439,13 +465,22 @@ def _bar_options() -> dict:
 
 @contextmanager
 def deferred_interrupt() -> Iterator[Event]:
-    """While it lasts, Ctrl-C and SIGTERM set the event that this yields instead of breaking into a computation."""
+    """While it lasts, Ctrl-C and SIGTERM set the event that this yields instead of breaking into a computation.
+
+    The second one breaks in all the same.
+    """
     interrupted = Event()
     if threading.current_thread() is not threading.main_thread():  # only the main thread may handle signals
         yield interrupted
         return
+
+    def handle(*_):
+        if interrupted.is_set():
+            raise KeyboardInterrupt
+        interrupted.set()
+
     signals = (signal.SIGINT, signal.SIGTERM)
-    previous = [signal.signal(number, lambda *_: interrupted.set()) for number in signals]
+    previous = [signal.signal(number, handle) for number in signals]
     try:
         yield interrupted
     finally:
