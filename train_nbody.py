@@ -56,6 +56,7 @@ SETTINGS = EasyDict(
     ema_decay=0.995,  # of the moving average of weights that is validated and kept; 0: none
     position_weight=4.0,  # of MSE x in the loss, beside 1 for MSE v
     precision="float32",  # of products: float32, tf32, bfloat16 or float16
+    validate_every=5,  # epochs between two validations; the last epoch is always validated
     seed=0,  # of weights, order and start frames
     device="auto",  # cpu, cuda, cuda:1, …; auto: cuda where there is any
     threads=0,  # CPU threads; 0: all
@@ -148,7 +149,7 @@ def report(network: NBodyNetwork, test: NBodyDataset, trainer: Trainer, settings
     if not is_main():
         return
     symmetry = equivariance_error(network, test.batch(torch.arange(min(64, len(test)))))
-    best_epoch = min(trainer.history, key=lambda facts: facts["val_selection"])
+    best_epoch = trainer.best_epoch
     result = {
         "test": errors,
         "baselines": baselines,

@@ -72,6 +72,7 @@ SETTINGS = EasyDict(
     max_grad_norm=1.0,  # gradients are clipped to this norm
     ema_decay=0.999,  # of the moving average of weights that is validated and kept; 0: none
     precision="float32",  # of products: float32, tf32, bfloat16 or float16
+    validate_every=1,  # epochs between two validations; the last epoch is always validated
     seed=0,  # of weights and order
     device="auto",  # cpu, cuda, cuda:1, …; auto: cuda where there is any
     resident=True,  # keep all molecules on the GPU
@@ -198,7 +199,7 @@ def report(trainer: Trainer, settings: EasyDict, test: torch.LongTensor, best_pa
     facts, figure = test_error(network.to(trainer.device), info, task.dataset, test)
     if not is_main():
         return
-    best_epoch = min(trainer.history, key=lambda facts: facts["val_selection"])
+    best_epoch = trainer.best_epoch
     result = {
         **facts,
         "best_epoch": best_epoch["epoch"],

@@ -20,7 +20,7 @@ ROOT = Path(__file__).parent.parent
 
 def write(directory, settings=SETTINGS, sources=None, value=0):
     with CacheWriter(directory, settings, sources or {"a": {"bytes": 3, "mtime_ns": 1, "sha256": "ab"}}) as writer:
-        writer.create("x", (4, 3), "float32")[:] = np.arange(12).reshape(4, 3) + value
+        writer.create("x", np.array([4, 3]), "float32")[:] = np.arange(12).reshape(4, 3) + value
         writer.create("i", (5,), "int64")[:] = value
         writer.info["note"] = value
 

@@ -12,13 +12,22 @@ from qm9_molecules import SMALL, many_molecules, one_by_one, save, small_molecul
 from scripts import ROOT, Done, run, start
 from test_molecules import small_mols, write_sdf, write_xyz
 
-from dataloader.qm9 import split_molecules
+from dataloader.qm9 import QM9Dataset, split_molecules
 from experiments.qm9 import NETWORK_SETTINGS, build_network
 from se3_transformer.model import Graph
 from se3_transformer.runtime.checkpoint import save_checkpoint
 
 NETWORK = dict(zip(NETWORK_SETTINGS, (1, 2, 4, 2, 2, "max", True, True, True, False)))
-INFO = {"task": "homo", "mean": -6.0, "std": 0.5, "max_degree": 1, "graph": "bonds", "radius": None, "split_seed": 3}
+INFO = {
+    "task": "homo",
+    "data": "another set",
+    "mean": -6.0,
+    "std": 0.5,
+    "max_degree": 1,
+    "graph": "bonds",
+    "radius": None,
+    "split_seed": 3,
+}
 HEADER = ["name", "smiles", "predicted homo [meV]"]
 
 pytestmark = pytest.mark.filterwarnings("ignore:the geometries of SMILES")
@@ -130,6 +139,7 @@ def write_cache(work: Path, *flags: str):
 
 def test_a_split_of_the_cache(work):
     write_cache(work)
+    write_checkpoint(work / "best.pt", data=QM9Dataset.open(work / "data/cache/qm9").identity)
     done = predict(work, "--split", "test")
     assert done.returncode == 0, done.stderr
     header, rows = table(work)
@@ -193,6 +203,12 @@ def test_faults_leave_nothing_behind(work, fault):
     with pytest.raises(ValueError, match=f"(?s)error: .*{message}"):
         raise ValueError(done.stderr)
     assert sorted(work.rglob("*")) == before
+
+
+def test_a_cache_of_other_molecules_is_refused(work):
+    write_cache(work)
+    done = predict(work, "--split", "test")
+    assert done.returncode != 0 and "was trained on other molecules or other graphs" in done.stderr
 
 
 def test_a_cache_of_other_graphs_is_refused(work):

@@ -41,6 +41,7 @@ SETTINGS = {
     "ema_decay": 0.9,
     "accumulate": 1,
     "precision": "float32",
+    "validate_every": 1,
 }
 CONTROL = {"seed": 0, "threads": 0, "workers": 0, "log_every": 50, "save_every": 0, "max_minutes": 0.0}
 
@@ -125,6 +126,14 @@ def test_training_learns_and_keeps_the_best_epoch(tmp_path):
     model.load_state_dict(best["model"])
     with torch.no_grad():
         assert ToyTask().validate(model)["mse"] == min(errors)
+
+
+def test_epochs_that_are_not_validated(tmp_path):
+    run = trainer(tmp_path, epochs=5, validate_every=2)
+    run.train()
+    assert [facts["epoch"] for facts in run.history if "val_mse" in facts] == [2, 4, 5]
+    assert [line["step"] for line in lines(tmp_path) if "validation/mse" in line] == [12, 24, 30]
+    assert load_checkpoint(tmp_path / "best.pt")["epoch"] == run.best_epoch["epoch"]
 
 
 @pytest.mark.parametrize("accumulate", [2, 3, 8, 20])

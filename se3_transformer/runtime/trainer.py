@@ -110,7 +110,8 @@ class Trainer:
         task: the experiment.
         settings: what decides the result: epochs, learning_rate, final_learning_rate, warmup_steps, weight_decay,
             max_grad_norm, ema_decay (0: none), accumulate (parts of a batch that are computed one after the other),
-            precision (see `PRECISIONS`), and whatever else identifies the run.
+            precision (see `PRECISIONS`), validate_every (epochs between two validations; the last is always
+            validated), and whatever else identifies the run.
         last_path: file of the state to resume from; the one before it is kept beside it.
         best_path: file of the best weights.
         log_dir: directory for TensorBoard and `log.jsonl`.
@@ -350,28 +351,44 @@ class Trainer:
         self.window = []
 
     def _finish_epoch(self) -> None:
-        """Validate, log, keep the best, save the state."""
-        facts, model = self.facts.means(), self.evaluated_model
-        model.eval()
-        with torch.no_grad():
-            errors = self.task.validate(model)
-        if not math.isfinite(errors["selection"]):
-            raise NonFiniteLoss(f"the validation error after epoch {self.epoch + 1} is {errors}; lower learning_rate")
-        self.epoch, self.step_in_epoch, self.facts = self.epoch + 1, 0, _EpochFacts()
+        """Validate if it is time, log, keep the best, save the state."""
+        facts, epoch = self.facts.means(), self.epoch + 1
         facts["learning_rate"] = self.scheduler.get_last_lr()[0]
-        self.history.append({"epoch": self.epoch, **facts, **{f"val_{k}": v for k, v in errors.items()}})
+        errors = {}
+        if epoch % self.settings["validate_every"] == 0 or epoch == self.settings["epochs"]:
+            errors = self._validate(epoch)
+        self.epoch, self.step_in_epoch, self.facts = epoch, 0, _EpochFacts()
+        self.history.append({"epoch": epoch, **facts, **{f"val_{k}": v for k, v in errors.items()}})
         if self.log is not None:
             self.log.scalars("epoch", facts, self.step)
-            self.log.scalars("validation", errors, self.step)
-            with torch.no_grad():
-                for name, figure in self.task.figures(model).items():
-                    self.log.figure(f"validation/{name}", figure, self.step)
-        if errors["selection"] < self.best:
+            if errors:
+                self._log_validation(errors)
+        if errors and errors["selection"] < self.best:
             self.best = errors["selection"]
-            content = {**self.describe, "model": model.state_dict(), "settings": self.settings}
+            content = {**self.describe, "model": self.evaluated_model.state_dict(), "settings": self.settings}
             if is_main():
-                save_checkpoint(self.best_path, {**content, "epoch": self.epoch, "validation": errors})
+                save_checkpoint(self.best_path, {**content, "epoch": epoch, "validation": errors})
         self._save_last()
+
+    @torch.no_grad()
+    def _validate(self, epoch: int) -> dict[str, float]:
+        self.evaluated_model.eval()
+        errors = self.task.validate(self.evaluated_model)
+        if not math.isfinite(errors["selection"]):
+            raise NonFiniteLoss(f"the validation error after epoch {epoch} is {errors}; lower learning_rate")
+        return errors
+
+    @torch.no_grad()
+    def _log_validation(self, errors: dict[str, float]) -> None:
+        self.log.scalars("validation", errors, self.step)
+        for name, figure in self.task.figures(self.evaluated_model).items():
+            self.log.figure(f"validation/{name}", figure, self.step)
+
+    @property
+    def best_epoch(self) -> dict[str, float]:
+        """What the history says of the epoch with the lowest validation error."""
+        validated = [facts for facts in self.history if "val_selection" in facts]
+        return min(validated, key=lambda facts: facts["val_selection"])
 
     def _save_last(self) -> None:
         self._read_pending()
@@ -490,7 +507,7 @@ def deferred_interrupt() -> Iterator[Event]:
 
 def check_training_settings(settings: Mapping[str, Any]) -> None:
     """Raise ValueError unless the settings that a `Trainer` knows make sense."""
-    require(settings, dict.fromkeys(("epochs", "batch_size", "accumulate", "log_every"), 1))
+    require(settings, dict.fromkeys(("epochs", "batch_size", "accumulate", "validate_every", "log_every"), 1))
     not_negative = ("warmup_steps", "final_learning_rate", "weight_decay", "seed", "threads", "workers")
     require(settings, dict.fromkeys((*not_negative, "save_every", "max_minutes"), 0))
     for key in ("learning_rate", "max_grad_norm"):
