@@ -231,7 +231,7 @@ def graph_arrays(
         positions[dst] - positions[src]; targets (G, 19) float64.
 
     Raises:
-        ValueError: there is no such kind of graph.
+        ValueError: there is no such kind of graph, or the radius leaves no edges.
     """
     if graph not in GRAPHS:
         raise ValueError(f"graph must be one of {', '.join(GRAPHS)}, got {graph!r}")
@@ -260,6 +260,8 @@ def graph_arrays(
         edges = {name: np.concatenate(parts) for name, parts in edges.items()}
 
         edge_offsets = offsets(edges.pop("num_edges"))
+        if graph == "radius" and not edge_offsets[-1]:
+            raise ValueError(f"radius: no two atoms are closer than {radius} Å; bonds are 1 to 1.6 Å long")
         values = {
             "node_offsets": node_offsets,
             "edge_offsets": edge_offsets,

@@ -729,3 +729,8 @@ def test_wrong_flags_are_refused(tmp_path, capsys, flags, message):
         preprocess("--data_dir", tmp_path, *flags)
     assert message in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_radius_that_leaves_no_edges():
+    with pytest.raises(ValueError, match="radius: no two atoms are closer than 0.1 Å"):
+        graph_arrays(small_molecules(), "radius", 0.1)
