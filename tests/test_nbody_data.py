@@ -548,7 +548,7 @@ def test_only_what_is_missing_is_simulated(data_dir, capsys):
     (["--n_balls", "1"], "n_balls must be at least 2, got 1"),
     (["--box_size", "nan"], "box_size must be at least 0, got nan"),
     (["--preset", "new"], "invalid choice: 'new'"),
-    (["--name", "a/b"], "name must be the first part of a file name, got 'a/b'"),
+    (["--name", "a/b"], "name must be a name for files, without directories, got 'a/b'"),
 ])  # fmt: skip
 def test_wrong_flags_are_refused(tmp_path, capsys, flags, message):
     with pytest.raises(SystemExit, match="2"):

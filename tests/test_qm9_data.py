@@ -722,7 +722,7 @@ def test_raw_files(tmp_path, monkeypatch, capsys, flags):
     (["--graph", "bond"], "graph must be one of bonds, radius, complete, got 'bond'"),
     (["--radius", "0"], "radius must be positive, got 0"),
     (["--radius", "nan"], "radius must be positive, got nan"),
-    (["--name", "a/b"], "name must be a file name, got 'a/b'"),
+    (["--name", "a/b"], "name must be a name for files, without directories, got 'a/b'"),
 ])  # fmt: skip
 def test_wrong_flags_are_refused(tmp_path, capsys, flags, message):
     with pytest.raises(SystemExit, match="2"):
