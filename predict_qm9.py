@@ -21,13 +21,20 @@ import torch
 from easydict import EasyDict
 from torch import Tensor
 
-from dataloader.cache import CacheError, write_file
 from dataloader.molecules import ReadMolecules, describe_refused, read_sdf, read_smiles, read_xyz
 from dataloader.qm9 import QM9Dataset, graph_arrays, split_molecules
 from dataloader.qm9_layout import TARGETS, Target, cache_settings
-from experiments.qm9 import check_same_data, load_network, mean_absolute_error, plot_parity, predict
-from se3_transformer.runtime.checkpoint import CheckpointError
+from experiments.qm9 import (
+    check_same_data,
+    expected_without_network,
+    load_network,
+    mean_absolute_error,
+    plot_parity,
+    predict,
+)
 from se3_transformer.runtime.distributed import is_main, process_group
+from se3_transformer.runtime.files import write_file
+from se3_transformer.runtime.script import run_script
 from se3_transformer.runtime.settings import parse_settings, require
 
 SUFFIXES = (".sdf", ".xyz", ".smi")
@@ -74,7 +81,8 @@ def main() -> None:
     if not is_main_process:
         return
     true = inputs.dataset.targets[inputs.molecules, list(TARGETS).index(target.name)]
-    report(inputs, predicted, true, target, info["mean"], Path(settings.output))
+    without_network = expected_without_network(info, inputs.dataset, inputs.molecules)
+    report(inputs, predicted, true, without_network, target, Path(settings.output))
 
 
 def check(settings: EasyDict) -> None:
@@ -131,32 +139,35 @@ def read(settings: EasyDict, task: str) -> ReadMolecules:
     return readers[path.suffix.lower()](path)
 
 
-def report(inputs: Inputs, predicted: Tensor, true: Tensor, target: Target, mean: float, output: Path) -> None:
+def report(
+    inputs: Inputs, predicted: Tensor, true: Tensor, without_network: Tensor, target: Target, output: Path
+) -> None:
     """Write the table, and if a true value is known, the plot; print what was written and the error.
 
     Args:
         inputs: the molecules.
         predicted, true: (G,) in the stored unit, `true` NaN where it is not known.
+        without_network: (G,) see `expected_without_network`.
         target: the label.
-        mean: of the label in training, in the stored unit.
         output: the table.
     """
-    known = ~true.isnan()
-    written = [output]
+    known, plot = ~true.isnan(), output.with_suffix(".png")
     if known.any():
         figure = plot_parity(true[known], predicted[known], target)
-        written.append(output.with_suffix(".png"))
-        write_file(written[-1], lambda file: figure.savefig(file, dpi=110, format="png"))
+        write_file(plot, lambda file: figure.savefig(file, dpi=110, format="png"))
+    else:
+        plot.unlink(missing_ok=True)  # it would be taken for one of these molecules
+    written = [output, plot] if known.any() else [output]
     table = format_table(inputs, predicted * target.factor, true * target.factor, target)
     write_file(output, lambda file: file.write(table.encode()))
     print(f"{len(true):,} molecules, {target.name} ({target.description}): {', '.join(map(str, written))}")
     if known.any():
         error, baseline = (
-            mean_absolute_error(true[known], guess) * target.factor for guess in (predicted[known], torch.tensor(mean))
+            mean_absolute_error(true[known], guess[known]) * target.factor for guess in (predicted, without_network)
         )
         print(
             f"mean absolute error {error:.4g} {target.shown_unit} of {known.sum():,} molecules "
-            f"(mean of the training set: {baseline:.4g} {target.shown_unit})"
+            f"(without the network: {baseline:.4g} {target.shown_unit})"
         )
 
 
@@ -180,9 +191,4 @@ def format_table(inputs: Inputs, predicted: Tensor, true: Tensor, target: Target
 
 if __name__ == "__main__":
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
-    try:
-        main()
-    except (CacheError, CheckpointError, ImportError, ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("interrupted")
+    run_script(main, interrupted="interrupted")

@@ -2,6 +2,7 @@
 
     python preprocess_nbody.py                                 # walls, 5 frames ahead: data/nbody_*, data/cache/nbody
     python preprocess_nbody.py --preset paper                  # no walls, 10 frames ahead: data/nbody_paper_*, …
+    python preprocess_nbody.py --preset egnn                   # no walls, from frame 30 to 40: data/nbody_egnn_*, …
     python preprocess_nbody.py --num_train 50000 --name large  # data/large_*, data/cache/large
 
 Files that are already there are never overwritten. Put your own, in the layout of the paper's authors, at
@@ -16,15 +17,17 @@ from pathlib import Path
 
 from easydict import EasyDict
 
-from dataloader.cache import Cache, CacheError, CacheWriter, exclusive, open_cache
+from dataloader.cache import Cache, CacheError, CacheWriter, open_cache
 from dataloader.nbody_files import describe_simulations, load_simulations, save_simulations
-from dataloader.nbody_protocols import cache_settings
+from dataloader.nbody_protocols import cache_settings, position_std
 from dataloader.nbody_simulator import simulate
+from se3_transformer.runtime.files import exclusive
+from se3_transformer.runtime.script import run_script
 from se3_transformer.runtime.settings import parse_settings, require, require_file_name
 
 SPLITS = ("train", "val", "test")
 SETTINGS = EasyDict(
-    preset="readme",  # protocol: readme (walls, 5 frames ahead) or paper (no walls, 10 frames ahead)
+    preset="readme",  # protocol: readme (walls, 5 frames ahead), paper or egnn (no walls, 10 frames ahead)
     num_train=5000,  # simulations for training
     num_val=1000,  # simulations for validation
     num_test=1000,  # simulations for the test
@@ -37,6 +40,7 @@ SETTINGS = EasyDict(
 PRESETS = {
     "readme": {},
     "paper": {"name": "nbody_paper", "box_size": 0.0},
+    "egnn": {"name": "nbody_egnn", "box_size": 0.0, "num_train": 3000, "num_val": 2000, "num_test": 2000},
 }
 
 
@@ -78,6 +82,8 @@ def find_or_simulate(split: str, data_dir: Path, cache_dir: Path, settings: Easy
         "box_size": settings.box_size,
         "seed": [settings.seed, SPLITS.index(split)],
     }
+    if (std := position_std(settings.preset, settings.n_balls)) != 1:  # not noted where it is 1, as in older files
+        asked["position_std"] = std
     if not path.exists():
         save_simulations(path, simulate(**asked, progress=f"simulating {path}"), asked)
     record = describe_simulations(path, known.get(split))
@@ -142,9 +148,4 @@ def report(cache: Cache, data_dir: Path, settings: EasyDict, seconds: float):
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError, CacheError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("interrupted: files that are complete are kept; run the same command again to go on")
+    run_script(main, interrupted="interrupted: files that are complete are kept; run the same command again to go on")

@@ -18,8 +18,10 @@ from pathlib import Path
 import numpy as np
 from easydict import EasyDict
 
-from dataloader.cache import Cache, CacheError, CacheWriter, exclusive, fingerprint, open_cache
+from dataloader.cache import Cache, CacheError, CacheWriter, fingerprint, open_cache
 from dataloader.qm9_layout import GRAPHS, RAW_FILES, TARGETS, Molecules, cache_settings, load_molecules
+from se3_transformer.runtime.files import exclusive
+from se3_transformer.runtime.script import run_script
 from se3_transformer.runtime.settings import parse_settings, require_file_name
 
 SETTINGS = EasyDict(
@@ -185,9 +187,4 @@ def report(cache: Cache, paths: list[Path], seconds: float):
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError, ImportError, CacheError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("interrupted: an earlier cache is kept; run the same command again")
+    run_script(main, interrupted="interrupted: an earlier cache is kept; run the same command again")

@@ -2,6 +2,7 @@
 
     python train_nbody.py                          # preset readme: results in data/nbody_result.json, runs/nbody
     python train_nbody.py --preset paper           # no walls, 10 frames ahead, from the first frame
+    python train_nbody.py --preset egnn            # no walls, from frame 30 to frame 40, positions alone
     python train_nbody.py --seed 1 --run_name nbody_s1  # another seed, under another name
     tensorboard --logdir runs
 
@@ -9,33 +10,38 @@ Interrupted, it goes on where it was when the same command is given again; finis
 """
 
 import json
-import sys
+import math
+import time
 from pathlib import Path
 
 import torch
 from easydict import EasyDict
 
-from dataloader.cache import CacheError, write_file
 from dataloader.nbody import NBodyDataset
 from dataloader.nbody_protocols import cache_settings
-from experiments.nbody import NBodyNetwork, NBodyTask, equivariance_error, evaluate, load_network, plot_trajectories
-from se3_transformer.runtime.checkpoint import CheckpointError
-from se3_transformer.runtime.distributed import is_main, process_group
-from se3_transformer.runtime.settings import parse_settings, require, require_file_name
-from se3_transformer.runtime.trainer import (
-    WITHOUT_INFLUENCE,
-    NonFiniteLoss,
-    OutOfTime,
-    Trainer,
-    check_training_settings,
+from experiments.nbody import (
+    AUGMENTATIONS,
+    NETWORKS,
+    NBodyNetwork,
+    NBodyTask,
+    equivariance_error,
+    evaluate,
+    load_network,
+    plot_trajectories,
 )
+from se3_transformer.runtime.distributed import exclusive_run, is_main, process_group
+from se3_transformer.runtime.files import RunFiles, run_files, write_file
+from se3_transformer.runtime.script import run_script
+from se3_transformer.runtime.settings import parse_settings, require, require_file_name
+from se3_transformer.runtime.trainer import WITHOUT_INFLUENCE, Trainer, check_training_settings
 
 SETTINGS = EasyDict(
-    preset="readme",  # readme: with walls, 5 frames ahead; paper: without walls, 10 frames ahead
+    preset="readme",  # readme: with walls, 5 frames ahead; paper, egnn: without walls, 10 frames ahead
     data_dir="data",  # where the cache is, and where checkpoints and results go
     name="nbody",  # the simulations: cache in data_dir/cache/name
     box_size=5.0,  # reflecting walls of the simulations, at ±box_size on each axis; 0: none
     run_name="",  # name of this run, for its files; by default that of the simulations
+    network="equivariant",  # or plain: attention that knows nothing of rotations, for comparison
     num_iterations=1,  # times that the network is applied on the way to the target, to where it has moved the particles
     num_layers=4,  # attention blocks
     num_degrees=4,  # degrees 0 … num_degrees-1 in the hidden layers
@@ -44,7 +50,10 @@ SETTINGS = EasyDict(
     channels_div=4,  # keys and values have num_channels / channels_div channels
     num_radial=16,  # radial functions of the distance on each edge
     num_train=0,  # train on this many first simulations; 0: on all
-    num_start_frames=0,  # training starts at a random one of this many first frames; 0: of all
+    first_start_frame=0,  # training starts at this frame, or a later one
+    num_start_frames=0,  # training starts at a random one of this many frames; 0: of all that leave room for the target
+    augment="none",  # of training simulations: none; rotations; symmetries, that is also mirrors and opposite charges
+    loss_on_the_way=True,  # take the loss after every iteration, at the frames on the way; false: at the target alone
     epochs=100,  # passes over the simulations, one start frame each
     batch_size=128,  # simulations in an optimiser step, over all processes
     accumulate=1,  # parts of a batch that are computed one after the other, to save memory
@@ -54,7 +63,8 @@ SETTINGS = EasyDict(
     weight_decay=0.0,  # decoupled, of matrices
     max_grad_norm=1.0,  # gradients are clipped to this norm
     ema_decay=0.995,  # of the moving average of weights that is validated and kept; 0: none
-    position_weight=4.0,  # of MSE x in the loss, beside 1 for MSE v
+    position_weight=4.0,  # of MSE x in the loss
+    velocity_weight=1.0,  # of MSE v in the loss; 0: positions alone are learned, and choose the best epoch
     precision="float32",  # of products: float32, tf32, bfloat16 or float16
     validate_every=5,  # epochs between two validations; the last epoch is always validated
     seed=0,  # of weights, order and start frames
@@ -63,7 +73,7 @@ SETTINGS = EasyDict(
     workers=0,  # processes that load batches on the CPU; 0: none but the training one
     log_every=50,  # steps between two records
     save_every=0,  # steps between two saved states, besides one after every epoch; 0: none
-    max_minutes=0.0,  # stop after this time, to go on another time; 0: no limit
+    max_minutes=0.0,  # stop after this time, start and validation included, to go on another time; 0: no limit
 )
 PRESETS = {
     "readme": {},
@@ -78,11 +88,28 @@ PRESETS = {
         "num_start_frames": 8,
         "learning_rate": 3e-3,
     },
+    "egnn": {
+        "name": "nbody_egnn",
+        "box_size": 0.0,
+        "num_iterations": 5,
+        "num_layers": 2,
+        "num_degrees": 2,
+        "num_channels": 16,
+        "num_heads": 4,
+        "first_start_frame": 30,
+        "num_start_frames": 1,
+        "loss_on_the_way": False,
+        "velocity_weight": 0.0,
+        "batch_size": 100,
+        "epochs": 200,
+        "learning_rate": 3e-3,
+    },
 }
 
 
 def main() -> None:
     settings = parse_settings(SETTINGS, PRESETS, __doc__, check)
+    deadline = time.monotonic() + 60 * settings.max_minutes if settings.max_minutes else math.inf
     settings.run_name = settings.run_name or settings.name
     if settings.threads:
         torch.set_num_threads(settings.threads)
@@ -91,13 +118,14 @@ def main() -> None:
             raise ValueError(
                 "workers load batches on the CPU, but the simulations are kept on the GPU: leave workers at 0"
             )
-        train(settings, device)
+        files = run_files(settings.data_dir, settings.run_name)
+        with exclusive_run(files, device):
+            train(settings, files, device, deadline)
 
 
-def train(settings: EasyDict, device: torch.device) -> None:
+def train(settings: EasyDict, files: RunFiles, device: torch.device, deadline: float) -> None:
     """Train, or go on, and report."""
     data_dir = Path(settings.data_dir)
-    best_path, last_path = data_dir / f"{settings.run_name}_best.pt", data_dir / f"{settings.run_name}_last.pt"
     cache_dir = data_dir / "cache" / settings.name
     rebuild = f"python preprocess_nbody.py --preset {settings.preset} --name {settings.name} --data_dir {data_dir}"
     train, validation, test = (
@@ -108,35 +136,44 @@ def train(settings: EasyDict, device: torch.device) -> None:
     torch.manual_seed(settings.seed)
     shape = ["box_size", "num_iterations", "num_layers", "num_degrees", "num_channels", "num_heads", "channels_div"]
     network_settings = {"interval": train.interval} | {key: settings[key] for key in [*shape, "num_radial"]}
-    network = NBodyNetwork(**network_settings)
-    task_settings = ("batch_size", "seed", "position_weight", "num_train", "num_start_frames")
-    task = NBodyTask(train, validation, *(settings[key] for key in task_settings), num_targets=settings.num_iterations)
+    network = NETWORKS[settings.network](**network_settings)
+    weights, frames = ["position_weight", "velocity_weight"], ["first_start_frame", "num_start_frames"]
+    task_settings = {key: settings[key] for key in ["batch_size", "seed", *weights, "num_train", *frames, "augment"]}
+    num_targets = settings.num_iterations if settings.loss_on_the_way else 1
+    task = NBodyTask(train, validation, **task_settings, num_targets=num_targets)
     decisive = {key: value for key, value in settings.items() if key not in WITHOUT_INFLUENCE | {"data_dir"}}
     trainer = Trainer(
         network,
         task,
         decisive | {"data": train.identity},
-        last_path,
-        best_path,
-        Path("runs") / settings.run_name,
-        describe={"network": network_settings},
+        *files,
+        describe={"network": network_settings | {"network": settings.network}},
         device=device,
-        **{key: settings[key] for key in ("workers", "log_every", "save_every", "max_minutes")},
+        deadline=deadline,
+        **{key: settings[key] for key in ("workers", "log_every", "save_every")},
     )
     if is_main():
         parameters = sum(p.numel() for p in network.parameters())
         print(f"{task.num_train:,} simulations of {train.num_particles} particles; {parameters:,} parameters")
         if trainer.step:
-            print(f"going on after epoch {trainer.epoch} of {settings.epochs} ({last_path})")
+            print(f"going on after epoch {trainer.epoch} of {settings.epochs} ({files.last})")
     trainer.train()
-    report(load_network(best_path).to(device), test, trainer, settings, best_path)
+    report(load_network(files.best).to(device), test, trainer, settings, files.best)
 
 
 def check(settings: EasyDict) -> None:
     """Raise ValueError for settings that make no sense."""
     positive = ["num_iterations", "num_layers", "num_degrees", "num_channels", "num_heads", "channels_div"]
     require(settings, dict.fromkeys(positive, 1) | {"num_radial": 2})
-    require(settings, dict.fromkeys(["box_size", "num_train", "num_start_frames", "position_weight"], 0))
+    not_negative = ["box_size", "num_train", "first_start_frame", "num_start_frames"]
+    require(settings, dict.fromkeys([*not_negative, "position_weight", "velocity_weight"], 0))
+    if not settings.position_weight + settings.velocity_weight > 0:
+        raise ValueError("position_weight or velocity_weight must be positive, got 0 for both")
+    for key, known in (("network", NETWORKS), ("augment", AUGMENTATIONS)):
+        if settings[key] not in known:
+            raise ValueError(f"{key} must be one of {', '.join(known)}, got {settings[key]!r}")
+    if settings.augment != "none" and settings.box_size:
+        raise ValueError(f"augment must be none where there are walls, which do not turn, got {settings.augment!r}")
     check_training_settings(settings)
     for key in ("name", "run_name"):
         if settings[key]:
@@ -145,17 +182,18 @@ def check(settings: EasyDict) -> None:
 
 def report(network: NBodyNetwork, test: NBodyDataset, trainer: Trainer, settings: EasyDict, best_path: Path) -> None:
     """Test errors of the best epoch beside the baselines: printed, as JSON, as a figure, and to TensorBoard."""
-    errors, baselines = evaluate(network, test), test.baselines
+    learned = ("mse_x", "mse_v") if settings.velocity_weight else ("mse_x",)
+    errors = {key: error for key, error in evaluate(network, test).items() if key in learned}
     if not is_main():
         return
     symmetry = equivariance_error(network, test.batch(torch.arange(min(64, len(test)))))
     best_epoch = trainer.best_epoch
     result = {
         "test": errors,
-        "baselines": baselines,
+        "baselines": test.baselines,
         "equivariance_error": symmetry,
         "best_epoch": best_epoch["epoch"],
-        "validation": {key: best_epoch[f"val_{key}"] for key in ("mse_x", "mse_v")},
+        "validation": {key: best_epoch[f"val_{key}"] for key in learned},
         "simulations": {"train": trainer.task.num_train, "test": len(test)},
         "train_seconds": sum(facts["seconds"] for facts in trainer.history),
         "settings": trainer.settings,
@@ -168,25 +206,19 @@ def report(network: NBodyNetwork, test: NBodyDataset, trainer: Trainer, settings
     trainer.log.outcome(trainer.settings, errors, trainer.step)
     write_file(result_path, lambda file: file.write((json.dumps(result, indent=1) + "\n").encode()))
 
+    no_change_x, no_change_v, constant_velocity_x = test.baselines.values()
     rows = {
-        "no change": (baselines["no_change_x"], baselines["no_change_v"]),
-        "constant velocity": (baselines["constant_velocity_x"], baselines["no_change_v"]),
-        "SE(3)-Transformer": (errors["mse_x"], errors["mse_v"]),
+        "no change": {"mse_x": no_change_x, "mse_v": no_change_v},
+        "constant velocity": {"mse_x": constant_velocity_x, "mse_v": no_change_v},
+        "SE(3)-Transformer": errors,
     }
     print(f"\nTest error on {len(test):,} simulations, best epoch {best_epoch['epoch']} chosen by validation")
-    print(f"{'':20}{'MSE x':>10}{'MSE v':>10}")
-    for name, (mse_x, mse_v) in rows.items():
-        print(f"{name:20}{mse_x:10.5f}{mse_v:10.4f}")
+    print(" " * 20 + "".join({"mse_x": "     MSE x", "mse_v": "     MSE v"}[key] for key in learned))
+    for name, row in rows.items():
+        print(f"{name:20}" + "".join(f"{row[key]:10.5f}" for key in learned))
     print(f"equivariance error {symmetry:.1e} (relative)\n")
     print(f"weights {best_path}   result {result_path}   figure {figure_path}   curves: tensorboard --logdir runs")
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (CacheError, CheckpointError, NonFiniteLoss, ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("interrupted: the same command goes on")
-    except OutOfTime:
-        sys.exit("out of time: the same command goes on")
+    run_script(main, interrupted="interrupted: the same command goes on")

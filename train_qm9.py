@@ -12,35 +12,34 @@ report.
 """
 
 import json
-import sys
+import math
 import tempfile
+import time
 from pathlib import Path
 
 import torch
 from easydict import EasyDict
 
-from dataloader.cache import CacheError, write_file
 from dataloader.qm9 import TARGETS, QM9Dataset, split_molecules
 from experiments.qm9 import (
+    AUGMENTATIONS,
     NETWORK_SETTINGS,
+    REFERENCES,
     QM9Task,
     build_network,
     check_same_data,
+    expected_without_network,
     load_network,
     mean_absolute_error,
     plot_parity,
     predict,
 )
-from se3_transformer.runtime.checkpoint import CheckpointError
-from se3_transformer.runtime.distributed import is_main, process_group
-from se3_transformer.runtime.settings import parse_settings, require, require_file_name
-from se3_transformer.runtime.trainer import (
-    WITHOUT_INFLUENCE,
-    NonFiniteLoss,
-    OutOfTime,
-    Trainer,
-    check_training_settings,
-)
+from se3_transformer.model.layers.pooling import POOLINGS
+from se3_transformer.runtime.distributed import exclusive_run, is_main, process_group
+from se3_transformer.runtime.files import RunFiles, run_files, write_file
+from se3_transformer.runtime.script import run_script
+from se3_transformer.runtime.settings import parse_settings, require, require_file_name, require_seed
+from se3_transformer.runtime.trainer import WITHOUT_INFLUENCE, Trainer, check_training_settings
 
 SETTINGS = EasyDict(
     preset="tiny",  # paper: as in the paper; fast: the best known recipe; tiny: minutes on a CPU
@@ -56,11 +55,13 @@ SETTINGS = EasyDict(
     num_channels=32,  # hidden channels of each degree
     num_heads=8,  # attention heads
     channels_div=2,  # keys and values have num_channels / channels_div channels
-    pooling="max",  # over the atoms of a molecule: max or avg
+    pooling="max",  # over the atoms: max, as published, avg, or sum: for what grows with the molecule, like U0 or zpve
+    reference="none",  # share of each element, not learned: none, as published; fit: least squares; atoms: free atoms
     norm=True,  # equivariant norm after every attention block
     use_layer_norm=True,  # layer norm in the radial networks
     tensor_cores=True,  # one radial network for all pairs of degrees, where the fibers allow it
     low_memory=False,  # one radial network per pair of degrees, and least memory
+    augment="none",  # of training molecules: none, or rotations, which change nothing for this network
     epochs=100,  # passes over the training molecules
     batch_size=240,  # molecules in an optimiser step, over all processes
     accumulate=1,  # parts of a batch that are computed one after the other, to save memory
@@ -80,7 +81,7 @@ SETTINGS = EasyDict(
     workers=0,  # processes that load batches on the CPU; 0: none but the training one
     log_every=50,  # steps between two records
     save_every=0,  # steps between two saved states, besides one after every epoch; 0: none
-    max_minutes=0.0,  # stop after this time, to go on another time; 0: no limit
+    max_minutes=0.0,  # stop after this time, start and validation included, to go on another time; 0: no limit
     benchmark=0,  # only measure the training throughput over this many steps; 0: train
     evaluate="",  # only measure the test error of this checkpoint
 )
@@ -113,6 +114,7 @@ PRESETS = {
 
 def main() -> None:
     settings = parse_settings(SETTINGS, PRESETS, __doc__, check)
+    deadline = time.monotonic() + 60 * settings.max_minutes if settings.max_minutes else math.inf
     settings.run_name = settings.run_name or f"{settings.name}_{settings.task}"
     if settings.threads:
         torch.set_num_threads(settings.threads)
@@ -126,20 +128,25 @@ def main() -> None:
         dataset = QM9Dataset.open(Path(settings.data_dir) / "cache" / settings.name, None, resident, rebuild)
         if settings.evaluate:
             evaluate(settings, dataset, device)
+        elif settings.benchmark:
+            benchmark(settings, dataset, device)
         else:
-            train(settings, dataset, device)
+            files = run_files(settings.data_dir, settings.run_name)
+            with exclusive_run(files, device):
+                train(settings, dataset, files, device, deadline)
 
 
 def check(settings: EasyDict) -> None:
     """Raise ValueError for settings that make no sense."""
     positive = ["num_layers", "num_degrees", "num_channels", "num_heads", "channels_div"]
-    not_negative = ["num_train", "num_val", "split_seed", "benchmark"]
-    require(settings, dict.fromkeys(positive, 1) | dict.fromkeys(not_negative, 0))
+    require(settings, dict.fromkeys(positive, 1) | dict.fromkeys(["num_train", "num_val", "benchmark"], 0))
+    require_seed(settings, "split_seed")
     check_training_settings(settings)
     for key in ("name", "run_name"):
         if settings[key]:
             require_file_name(settings, key)
-    for key, known in (("task", TARGETS), ("pooling", ("max", "avg"))):
+    choices = {"task": TARGETS, "pooling": POOLINGS, "reference": REFERENCES, "augment": AUGMENTATIONS}
+    for key, known in choices.items():
         if settings[key] not in known:
             raise ValueError(f"{key} must be one of {', '.join(known)}, got {settings[key]!r}")
 
@@ -155,15 +162,16 @@ def split_of(dataset: QM9Dataset, task: str, seed: int) -> dict[str, torch.LongT
     return split
 
 
-def train(settings: EasyDict, dataset: QM9Dataset, device: torch.device) -> None:
-    """Train, or go on, and report; or only measure throughput."""
-    data_dir = Path(settings.data_dir)
-    best_path, last_path = data_dir / f"{settings.run_name}_best.pt", data_dir / f"{settings.run_name}_last.pt"
+def make_trainer(
+    settings: EasyDict, dataset: QM9Dataset, files: RunFiles, device: torch.device, deadline: float
+) -> tuple[Trainer, torch.LongTensor]:
+    """The trainer of a run, where that left off, and the test molecules."""
     split = split_of(dataset, settings.task, settings.split_seed)
-
     torch.manual_seed(settings.seed)
     network = build_network(settings)
-    task_settings = {key: settings[key] for key in ("batch_size", "seed", "balanced", "num_train", "num_val")}
+    task_settings = {
+        key: settings[key] for key in ("batch_size", "seed", "balanced", "num_train", "num_val", "reference", "augment")
+    }
     task = QM9Task(dataset, settings.task, split, settings.num_degrees - 1, **task_settings)
     describe = {
         "network": {key: settings[key] for key in NETWORK_SETTINGS},
@@ -172,24 +180,30 @@ def train(settings: EasyDict, dataset: QM9Dataset, device: torch.device) -> None
     without_influence = WITHOUT_INFLUENCE | {"data_dir", "resident", "benchmark", "evaluate"}
     decisive = {key: value for key, value in settings.items() if key not in without_influence}
     decisive["data"] = dataset.identity
-    control = {key: settings[key] for key in ("workers", "log_every", "save_every", "max_minutes")}
-    if settings.benchmark:
-        with tempfile.TemporaryDirectory() as directory:
-            paths = [Path(directory) / name for name in ("last.pt", "best.pt", "log")]
-            trainer = Trainer(network, task, decisive, *paths, describe, device, **control)
-            rate = trainer.benchmark(settings.benchmark)
-        if is_main():
-            print(f"training throughput: {rate:,.1f} molecules/s, mean over {settings.benchmark} steps on {device}")
-        return
-    log_dir = Path("runs") / settings.run_name
-    trainer = Trainer(network, task, decisive, last_path, best_path, log_dir, describe, device, **control)
+    control = {key: settings[key] for key in ("workers", "log_every", "save_every")}
+    return Trainer(network, task, decisive, *files, describe, device, deadline=deadline, **control), split["test"]
+
+
+def train(settings: EasyDict, dataset: QM9Dataset, files: RunFiles, device: torch.device, deadline: float) -> None:
+    """Train, or go on, and report."""
+    trainer, test = make_trainer(settings, dataset, files, device, deadline)
     if is_main():
-        parameters = sum(p.numel() for p in network.parameters())
-        print(f"training on {len(task.train):,} molecules; {parameters:,} parameters; {device}")
+        parameters = sum(p.numel() for p in trainer.model.parameters())
+        print(f"training on {len(trainer.task.train):,} molecules; {parameters:,} parameters; {device}")
         if trainer.step:
-            print(f"going on after {trainer.step} of {settings.epochs * trainer.steps_per_epoch} steps ({last_path})")
+            print(f"going on after {trainer.step} of {settings.epochs * trainer.steps_per_epoch} steps ({files.last})")
     trainer.train()
-    report(trainer, settings, split["test"], best_path)
+    report(trainer, settings, test, files.best)
+
+
+def benchmark(settings: EasyDict, dataset: QM9Dataset, device: torch.device) -> None:
+    """Measure the training throughput; nothing is saved."""
+    with tempfile.TemporaryDirectory() as directory:
+        files = run_files(directory, settings.run_name, runs=directory)
+        trainer, _ = make_trainer(settings, dataset, files, device, deadline=math.inf)
+        rate = trainer.benchmark(settings.benchmark)
+    if is_main():
+        print(f"training throughput: {rate:,.1f} molecules/s, mean over {settings.benchmark} steps on {device}")
 
 
 def report(trainer: Trainer, settings: EasyDict, test: torch.LongTensor, best_path: Path) -> None:
@@ -239,7 +253,8 @@ def test_error(network, info: dict, dataset: QM9Dataset, test: torch.LongTensor)
         "task": target.name,
         "unit": target.shown_unit,
         "mae": mean_absolute_error(true, predicted) * target.factor,
-        "baseline_mae": mean_absolute_error(true, torch.full_like(true, info["mean"])) * target.factor,
+        "baseline": "mean and elements" if any(info["reference"]) else "mean",
+        "baseline_mae": mean_absolute_error(true, expected_without_network(info, dataset, test)) * target.factor,
         "test_molecules": len(test),
     }
     return facts, plot_parity(true, predicted, target)
@@ -248,16 +263,10 @@ def test_error(network, info: dict, dataset: QM9Dataset, test: torch.LongTensor)
 def print_error(facts: dict) -> None:
     """The table of test errors."""
     print(f"Test error of {facts['task']} on {facts['test_molecules']:,} molecules: MAE, {facts['unit']}")
-    for name, mae in (("mean of the training set", facts["baseline_mae"]), ("SE(3)-Transformer", facts["mae"])):
-        print(f"{name:25}{mae:12.5g}")
+    baseline = f"{facts['baseline']} of the training set"
+    for name, mae in ((baseline, facts["baseline_mae"]), ("SE(3)-Transformer", facts["mae"])):
+        print(f"{name:38}{mae:12.5g}")
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (CacheError, CheckpointError, NonFiniteLoss, ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("interrupted: the same command goes on")
-    except OutOfTime:
-        sys.exit("out of time: the same command goes on")
+    run_script(main, interrupted="interrupted: the same command goes on")

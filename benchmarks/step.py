@@ -185,7 +185,7 @@ def nbody_inputs(simulations: int, particles: int = 5) -> tuple[Graph, dict, dic
 def build_convolution(settings: EasyDict) -> ConvSE3:
     fiber = Fiber.create(4, settings.num_channels)
     fuse_level = ConvSE3FuseLevel.FULL if settings.tensor_cores else ConvSE3FuseLevel.PARTIAL
-    return ConvSE3(fiber, fiber, Fiber({0: 4}), pool=False, max_degree=3, fuse_level=fuse_level)
+    return ConvSE3(fiber, fiber, Fiber({0: 4}), pool=False, use_layer_norm=True, max_degree=3, fuse_level=fuse_level)
 
 
 def convolution_inputs(channels: int, num_edges: int) -> tuple[Graph, dict, dict]:

@@ -11,26 +11,25 @@ moment leaves the old cache or none. Opening checks everything that can be check
 NumPy only: importing this file is quick.
 """
 
-import fcntl
 import hashlib
 import json
-import os
 import shutil
 import zlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
+
+from se3_transformer.runtime.files import exclusive, sync_directory, write_file
+from se3_transformer.runtime.script import UserError
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 READ_SIZE = 1 << 20
 
 
-class CacheError(RuntimeError):
+class CacheError(UserError):
     """A cache that cannot be used: what was expected, what came, and the command that rebuilds it.
 
     The attribute `problem` is the message without the command.
@@ -132,7 +131,7 @@ class CacheWriter:
         if self.directory.exists():
             self.directory.rename(self._replaced)
         self._building.rename(self.directory)
-        _sync_directory(self.directory.parent)
+        sync_directory(self.directory.parent)
 
     def _remove_leftovers(self):
         """Whatever a killed writer left: the lock is ours, so nobody uses it."""
@@ -232,52 +231,6 @@ def fingerprint(path: str | Path, known: dict | None = None) -> dict:
 def same_content(a: dict, b: dict) -> bool:
     """Whether two fingerprints are of the same content, whenever it was written."""
     return (a["bytes"], a["sha256"]) == (b["bytes"], b["sha256"])
-
-
-def write_file(path: str | Path, write: Callable[[BinaryIO], object]):
-    """Create or replace a file at once: readers see the old content or the new, also after a crash.
-
-    One process at a time may write the same file (see `exclusive`).
-
-    Args:
-        path: the file.
-        write: called with the open file.
-    """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.writing")
-    try:
-        with temporary.open("wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.rename(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    _sync_directory(path.parent)
-
-
-@contextmanager
-def exclusive(path: str | Path):
-    """Hold the lock of what is at `path` (an empty file beside it); it is released when the process ends.
-
-    Raises:
-        BlockingIOError: another process holds it.
-    """
-    path = Path(path)
-    with path.with_name(f".{path.name}.lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise BlockingIOError(f"{path}: another process is writing it; wait until it has ended") from None
-        yield
-
-
-def _sync_directory(path: Path):
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _crc32(path: Path) -> int:

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from dataloader.cache import fingerprint, same_content, write_file
+from dataloader.cache import fingerprint, same_content
+from se3_transformer.runtime.files import write_file
 
 # What `simulate` returns: an axis a letter, S simulations, F frames, n particles, 3 coordinates; "" is a number.
 LAYOUT = {

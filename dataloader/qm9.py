@@ -8,7 +8,8 @@ molecules; with the data set on a GPU, without waiting for it.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,6 +20,7 @@ from tqdm import tqdm
 
 from dataloader.cache import fingerprint, open_cache
 from dataloader.qm9_layout import (
+    ELEMENTS,
     GRAPHS,
     LAYOUT_VERSION,
     TARGETS,
@@ -31,6 +33,7 @@ from dataloader.qm9_layout import (
 )
 from se3_transformer.model.basis import edge_frames, wigner_blocks
 from se3_transformer.model.graph import Graph
+from se3_transformer.model.segment import segment_sum
 
 if TYPE_CHECKING:
     import dgl
@@ -73,12 +76,34 @@ class QM9Batch:
     def to(self, device: torch.device | str, non_blocking: bool = False) -> QM9Batch:
         """The same batch on another device."""
 
-        def move(value):
-            if isinstance(value, dict):
-                return {key: move(tensor) for key, tensor in value.items()}
-            return value.to(device, non_blocking=non_blocking)
+        return self._map(lambda value: value.to(device, non_blocking=non_blocking))
 
-        return QM9Batch(**{name: move(value) for name, value in vars(self).items()})
+    def turn(self, matrices: Tensor) -> QM9Batch:
+        """Each molecule turned by a rotation matrix of (B, 3, 3)."""
+        matrices = matrices.repeat_interleave(self.graph.batch_num_edges, dim=0, output_size=self.graph.num_edges)
+        rel_pos = (matrices @ self.graph.rel_pos.unsqueeze(-1)).squeeze(-1)  # (E, 3)
+        return replace(self, graph=replace(self.graph, rel_pos=rel_pos), rotations=edge_frames(rel_pos))
+
+    def pin_memory(self) -> QM9Batch:
+        """The same batch in page-locked memory, which a GPU reads without being waited for; on a GPU, itself."""
+        if self.rotations.is_cuda:
+            return self
+
+        def pin(value):
+            if isinstance(value, Graph):
+                tensors = {name: part for name, part in vars(value).items() if isinstance(part, Tensor)}
+                return replace(value, **{name: part.pin_memory() for name, part in tensors.items()})
+            return value.pin_memory()
+
+        return self._map(pin)
+
+    def _map(self, function: Callable) -> QM9Batch:
+        """The batch with the function applied to every tensor and to the graph."""
+
+        def apply(value):
+            return {key: function(part) for key, part in value.items()} if isinstance(value, dict) else function(value)
+
+        return QM9Batch(**{name: apply(value) for name, value in vars(self).items()})
 
 
 class QM9Dataset:
@@ -104,6 +129,7 @@ class QM9Dataset:
         self._num_nodes, self._num_edges = self.num_nodes.to(device), self.num_edges.to(device)
         one_hot = torch.cat([torch.eye(NUM_EDGE_FEATURES), torch.zeros(1, NUM_EDGE_FEATURES)])
         self._bond_features = one_hot.to(device)  # (5, 4) a row for each bond type
+        self.device = self._bond_features.device
 
     @classmethod
     def open(
@@ -156,7 +182,7 @@ class QM9Dataset:
                 f"got {molecules.min()} … {molecules.max()}"
             )
         N, E = (int(sizes[molecules].sum()) for sizes in (self.num_nodes, self.num_edges))
-        array, device = self._arrays, self._bond_features.device
+        array, device = self._arrays, self.device
         molecules = molecules.to(device, non_blocking=True)
         num_nodes, num_edges = self._num_nodes[molecules], self._num_edges[molecules]  # (B,)
         first_node = num_nodes.cumsum(0) - num_nodes  # (B,) in the batch
@@ -188,6 +214,13 @@ class QM9Dataset:
             rotations=array["rotations"].index_select(0, edges),
             targets=array["targets"].index_select(0, molecules),
         )
+
+    @cached_property
+    def element_counts(self) -> Tensor:
+        """(G, 5) float64 on the CPU: atoms of each element of `ELEMENTS` in each molecule."""
+        one_hot = self._arrays["node_attr"][:, : len(ELEMENTS)].double().cpu()
+        molecules = torch.arange(len(self)).repeat_interleave(self.num_nodes)  # (ΣN,)
+        return segment_sum(one_hot, molecules, len(self))
 
     def dgl_graph(self, molecule: int) -> dgl.DGLGraph:
         """One molecule as DGL's `QM9EdgeDataset` gives it.

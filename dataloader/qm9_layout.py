@@ -16,7 +16,8 @@ from tqdm import tqdm
 LAYOUT_VERSION = 1  # of the arrays in a QM9 cache: raise it with every change of what `dataloader.qm9` writes
 RAW_FILES = ("gdb9.sdf", "gdb9.sdf.csv", "uncharacterized.txt")  # QM9 as it was published for machine learning
 GRAPHS = ("bonds", "radius", "complete")  # what is an edge: a bond, a pair closer than the radius, every pair
-ATOMIC_NUMBERS = np.array([1, 6, 7, 8, 9])  # H C N O F, the order of the one-hot columns of `node_attr`
+ELEMENTS = ("H", "C", "N", "O", "F")
+ATOMIC_NUMBERS = np.array([1, 6, 7, 8, 9])  # of `ELEMENTS`, the order of the one-hot columns of `node_attr`
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure  # made without pyplot: needs no display, n
 from torch import Tensor, nn
 
 from dataloader.nbody import NBodyBatch, NBodyDataset
+from experiments.augment import random_turns, turn_matrices
 from se3_transformer.model import Fiber, Graph, SE3Transformer
 from se3_transformer.model.basis import edge_frames, wigner_blocks
 from se3_transformer.runtime.checkpoint import load_checkpoint
@@ -19,6 +20,7 @@ from se3_transformer.runtime.distributed import rank, sum_over_processes, world_
 
 RADIAL_RANGE = 0.05, 8.0  # distances at which the first and the last radial function peak
 EVALUATION_BATCH = 500  # graphs
+AUGMENTATIONS = ("none", "rotations", "symmetries")
 
 
 class NBodyNetwork(nn.Module):
@@ -61,14 +63,21 @@ class NBodyNetwork(nn.Module):
         self.register_buffer("centers", torch.linspace(*map(math.log, RADIAL_RANGE), num_radial), persistent=False)
         self.transformer = SE3Transformer(
             num_layers=num_layers,
-            fiber_in=Fiber.create(num_degrees, 1),
-            fiber_hidden=Fiber.create(num_degrees, num_channels),
-            fiber_out=Fiber({1: 2}),
+            **self.fibers(num_degrees, num_channels, 5 + 2 * num_radial),
             num_heads=num_heads,
             channels_div=channels_div,
-            fiber_edge=Fiber({0: 5 + 2 * num_radial}),
             tensor_cores=True,
         )
+
+    @staticmethod
+    def fibers(num_degrees: int, num_channels: int, num_edge_scalars: int) -> dict[str, Fiber]:
+        """Fibers of the transformer, with the names of its arguments."""
+        return {
+            "fiber_in": Fiber.create(num_degrees, 1),
+            "fiber_hidden": Fiber.create(num_degrees, num_channels),
+            "fiber_out": Fiber({1: 2}),
+            "fiber_edge": Fiber({0: num_edge_scalars}),
+        }
 
     def forward(self, batch: NBodyBatch) -> tuple[Tensor, Tensor]:
         """Predicted displacement and change of velocity since the start, (K, N, 3) each, after each iteration."""
@@ -99,16 +108,21 @@ class NBodyNetwork(nn.Module):
             num_nodes=len(batch.positions),
             batch_num_nodes=torch.full((batch.num_graphs,), batch.num_particles, device=batch.src.device),
         )
+        edge_feats = {"0": self.edge_scalars(batch, relative_pos).unsqueeze(-1)}
+        basis = wigner_blocks(batch.rotations, self.transformer.max_degree)
+        interval = self.interval / self.num_iterations
+        outputs = self.transformer(graph, self.node_features(batch), edge_feats, basis)
+        added = interval * next(iter(outputs.values())).reshape(-1, 2, 3)  # the plain network has them as six scalars
+        return interval * batch.velocities + added[:, 0], added[:, 1]
+
+    def node_features(self, batch: NBodyBatch) -> dict[str, Tensor]:
+        """{'l': (N, 1, 2l+1)} the charge, and |v| Y_l(v/|v|) for l > 0."""
         node_feats = {"0": batch.charges.unsqueeze(-1)}
         harmonics = wigner_blocks(edge_frames(batch.velocities), self.transformer.max_degree)
         speed = batch.velocities.norm(dim=-1)[:, None, None]
         for degree in range(1, self.transformer.max_degree + 1):
             node_feats[str(degree)] = speed * harmonics[str(degree)][:, None, :, degree]  # D_l(v) of the polar axis
-        edge_feats = {"0": self.edge_scalars(batch, relative_pos).unsqueeze(-1)}
-        basis = wigner_blocks(batch.rotations, self.transformer.max_degree)
-        interval = self.interval / self.num_iterations
-        added = interval * self.transformer(graph, node_feats, edge_feats, basis)["1"]  # (N, 2, 3)
-        return interval * batch.velocities + added[:, 0], added[:, 1]
+        return node_feats
 
     def edge_scalars(self, batch: NBodyBatch, relative_pos: Tensor) -> Tensor:
         """(E, 5 + 2·num_radial) invariants of every edge."""
@@ -128,6 +142,32 @@ class NBodyNetwork(nn.Module):
         return torch.cat([torch.stack(invariants, dim=1), radial, radial * charges[:, None]], dim=1)
 
 
+class PlainNetwork(NBodyNetwork):
+    """For comparison: the same attention, which knows nothing of rotations.
+
+    All coordinates, of velocities, relative positions and outputs, are scalars of their own; hidden layers have as many
+    numbers a node as those of `NBodyNetwork`, all scalars.
+    """
+
+    @staticmethod
+    def fibers(num_degrees: int, num_channels: int, num_edge_scalars: int) -> dict[str, Fiber]:
+        return {
+            "fiber_in": Fiber({0: 4}),
+            "fiber_hidden": Fiber({0: num_channels * num_degrees**2}),
+            "fiber_out": Fiber({0: 6}),
+            "fiber_edge": Fiber({0: num_edge_scalars + 3}),
+        }
+
+    def node_features(self, batch: NBodyBatch) -> dict[str, Tensor]:
+        return {"0": torch.cat([batch.charges, batch.velocities], dim=1).unsqueeze(-1)}
+
+    def edge_scalars(self, batch: NBodyBatch, relative_pos: Tensor) -> Tensor:
+        return torch.cat([super().edge_scalars(batch, relative_pos), relative_pos], dim=1)
+
+
+NETWORKS = {"equivariant": NBodyNetwork, "plain": PlainNetwork}
+
+
 def reflect(positions: Tensor, box_size: float) -> tuple[Tensor, Tensor]:
     """Where paths that lead to `positions` end if walls at ±box_size reflect them, and ±1, the sign of their motion."""
     period = 4 * box_size
@@ -143,11 +183,15 @@ class NBodyTask:
         train, validation: splits of a cache.
         batch_size: graphs in a batch.
         seed: of the order of simulations and of the start frames; each epoch has its own.
-        position_weight: weight of the positions' mean squared error beside that of the velocities.
+        position_weight, velocity_weight: weights of the mean squared errors in the loss. Without weight for the
+            velocities, MSE x chooses the best epoch, otherwise the geometric mean of MSE x and v.
         num_train: train on this many first simulations; 0: on all.
-        num_start_frames: every epoch each simulation starts at a random frame of this many first ones; 0: of all.
-        num_targets: K frames on the way, the last of them the target, at which the loss is taken: the network's
-            iterations.
+        first_start_frame, num_start_frames: every epoch each simulation starts at a random frame of this many, from
+            this one on; 0 frames: of all that are left.
+        num_targets: K frames on the way, evenly spaced, the last of them the target, at which the loss is taken: one,
+            or as many as the network has iterations.
+        augment: "none"; "rotations": every example is turned at random, which changes nothing for an equivariant
+            network; "symmetries": besides, at random, it is mirrored, and all charges change their sign.
     """
 
     def __init__(
@@ -157,46 +201,67 @@ class NBodyTask:
         batch_size: int,
         seed: int,
         position_weight: float,
+        velocity_weight: float,
         num_train: int,
+        first_start_frame: int,
         num_start_frames: int,
         num_targets: int,
+        augment: str,
     ):
         self.train, self.validation = train, validation
-        self.batch_size, self.seed = batch_size, seed
-        self.position_weight, self.num_targets = position_weight, num_targets
+        self.batch_size, self.seed, self.augment = batch_size, seed, augment
+        self.position_weight, self.velocity_weight = position_weight, velocity_weight
+        self.first_start_frame, self.num_targets = first_start_frame, num_targets
         if train.delta_frames % num_targets:
             raise ValueError(
                 f"num_iterations must divide the {train.delta_frames} frames to the target, got {num_targets}"
             )
         self.num_train = num_train or len(train)
-        self.num_start_frames = num_start_frames or train.num_start_frames
-        for name, value, most in (
-            ("num_train", self.num_train, len(train)),
-            ("num_start_frames", self.num_start_frames, train.num_start_frames),
-        ):
-            if value > most:
-                raise ValueError(f"{name} must be at most {most}, as many as there are, got {value}")
+        if self.num_train > len(train):
+            raise ValueError(f"num_train must be at most {len(train)}, as many as there are, got {self.num_train}")
+        left = train.num_start_frames - first_start_frame
+        self.num_start_frames = num_start_frames or left
+        if not 0 < self.num_start_frames <= left:
+            raise ValueError(
+                f"first_start_frame and num_start_frames must lie within the {train.num_start_frames} frames that "
+                f"leave room for the target, got {first_start_frame} and {num_start_frames}"
+            )
 
     def batches(self, epoch: int) -> Sequence[Tensor]:
-        """(B, 2) simulation and start frame of each example, for every batch of an epoch."""
+        """For every batch of an epoch (B, 2) simulation and start frame of each example; if examples are augmented
+        (B, 8), with four numbers for a rotation, and 0 or 1 for a mirror and for opposite charges.
+        """
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
         simulations = torch.randperm(self.num_train, generator=generator)
-        frames = torch.randint(self.num_start_frames, simulations.shape, generator=generator)
-        return torch.stack([simulations, frames], dim=1).split(self.batch_size)
+        frames = torch.randint(self.num_start_frames, simulations.shape, generator=generator) + self.first_start_frame
+        examples = torch.stack([simulations, frames], dim=1)
+        if self.augment != "none":
+            turns = random_turns(len(examples), generator)
+            others = torch.randint(2 if self.augment == "symmetries" else 1, (len(examples), 2), generator=generator)
+            examples = torch.cat([examples, turns, others], dim=1)
+        return examples.split(self.batch_size)
 
     def load(self, examples: Tensor) -> NBodyBatch:
-        return self.train.batch(*examples.unbind(1), num_targets=self.num_targets)
+        batch = self.train.batch(*examples[:, :2].unbind(1), num_targets=self.num_targets)
+        if self.augment == "none":
+            return batch
+        mirror, opposite = (1 - 2 * examples[:, 6:]).to(batch.charges).unbind(1)  # (B,) ±1
+        matrices = turn_matrices(examples[:, 2:6]).to(batch.positions) * mirror[:, None, None]
+        return replace(
+            turn(batch, matrices), charges=batch.charges * opposite.repeat_interleave(batch.num_particles)[:, None]
+        )
 
     def loss(self, model: nn.Module, batch: NBodyBatch) -> tuple[Tensor, dict[str, Tensor]]:
         errors = squared_errors(model, batch)  # (2, K)
         error_x, error_v = errors.mean(dim=1)
-        return self.position_weight * error_x + error_v, {"mse_x": errors[0, -1], "mse_v": errors[1, -1]}
+        loss = self.position_weight * error_x + self.velocity_weight * error_v
+        return loss, {"mse_x": errors[0, -1], "mse_v": errors[1, -1]}
 
     def validate(self, model: NBodyNetwork) -> dict[str, float]:
-        """MSE x and v, and the equivariance error; the epoch is chosen by their geometric mean."""
+        """MSE x and v, what chooses the epoch, and the equivariance error."""
         errors = evaluate(model, self.validation)
         return errors | {
-            "selection": math.sqrt(errors["mse_x"] * errors["mse_v"]),
+            "selection": math.sqrt(errors["mse_x"] * errors["mse_v"]) if self.velocity_weight else errors["mse_x"],
             "equivariance_error": equivariance_error(
                 model, self.validation.batch(torch.arange(min(64, len(self.validation))))
             ),
@@ -227,6 +292,24 @@ def evaluate(model: nn.Module, dataset: NBodyDataset) -> dict[str, float]:
     return {"mse_x": mse_x, "mse_v": mse_v}
 
 
+def turn(batch: NBodyBatch, matrices: Tensor) -> NBodyBatch:
+    """Each graph of a batch turned, or mirrored, by an orthogonal matrix of (B, 3, 3)."""
+    matrices = matrices.repeat_interleave(batch.num_particles, dim=0)  # (N, 3, 3)
+
+    def turned(vectors: Tensor) -> Tensor:
+        return (matrices @ vectors.unsqueeze(-1)).squeeze(-1)  # ([K,] N, 3)
+
+    positions = turned(batch.positions)
+    return replace(
+        batch,
+        positions=positions,
+        velocities=turned(batch.velocities),
+        displacement=turned(batch.displacement),
+        velocity_change=turned(batch.velocity_change),
+        rotations=edge_frames(positions[batch.dst] - positions[batch.src]),
+    )
+
+
 @torch.no_grad()
 def equivariance_error(model: nn.Module, batch: NBodyBatch) -> float:
     """How much turning the input, then predicting, differs from predicting, then turning: relative, Euclidean norm.
@@ -234,16 +317,9 @@ def equivariance_error(model: nn.Module, batch: NBodyBatch) -> float:
     Measured on the motion in free space, since walls do not turn.
     """
     generator = torch.Generator().manual_seed(0)
-    turn = torch.linalg.qr(torch.randn(3, 3, generator=generator, dtype=torch.float64)).Q
-    turn = (turn * turn.det()).to(batch.positions)  # a rotation: det = 1
-    positions = batch.positions @ turn.T
-    turned = replace(
-        batch,
-        positions=positions,
-        velocities=batch.velocities @ turn.T,
-        rotations=edge_frames(positions[batch.dst] - positions[batch.src]),
-    )
-    expected = torch.stack(model.path(batch, box_size=0)) @ turn.T
+    matrix = turn_matrices(random_turns(1, generator)).to(batch.positions)  # (1, 3, 3)
+    turned = turn(batch, matrix.expand(batch.num_graphs, 3, 3))
+    expected = torch.stack(model.path(batch, box_size=0)) @ matrix[0].T
     return ((torch.stack(model.path(turned, box_size=0)) - expected).norm() / expected.norm()).item()
 
 
@@ -281,6 +357,7 @@ def plot_trajectories(model: NBodyNetwork, dataset: NBodyDataset, num_panels: in
 def load_network(path: str | Path) -> NBodyNetwork:
     """The trained network of a checkpoint that `train_nbody.py` wrote, ready to predict."""
     content = load_checkpoint(path)
-    network = NBodyNetwork(**content["network"])
+    settings = {"network": "equivariant"} | content["network"]  # older ones do not name it
+    network = NETWORKS[settings.pop("network")](**settings)
     network.load_state_dict(content["model"])
     return network.eval()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -11,6 +12,7 @@ from torch import LongTensor, Tensor, nn
 from tqdm import tqdm
 
 from dataloader.qm9 import (
+    ELEMENTS,
     NUM_EDGE_FEATURES,
     NUM_NODE_FEATURES,
     TARGETS,
@@ -19,6 +21,7 @@ from dataloader.qm9 import (
     Target,
     length_balanced_batches,
 )
+from experiments.augment import random_turns, turn_matrices
 from se3_transformer.model import Fiber, SE3TransformerPooled
 from se3_transformer.runtime.checkpoint import CheckpointError, load_checkpoint
 from se3_transformer.runtime.distributed import gather_shares, is_main, rank, world_size
@@ -35,6 +38,8 @@ NETWORK_SETTINGS = (
     "tensor_cores",
     "low_memory",
 )
+AUGMENTATIONS = ("none", "rotations")
+REFERENCES = ("none", "fit", "atoms")
 
 
 def build_network(settings: Mapping[str, object]) -> SE3TransformerPooled:
@@ -56,8 +61,8 @@ def run_network(network: nn.Module, batch: QM9Batch, max_degree: int) -> Tensor:
 class QM9Task:
     """Batches, loss and validation for the trainer (see `se3_transformer.runtime.trainer.Task`).
 
-    The loss is the mean absolute error of the target, standardised with mean and standard deviation of the training
-    molecules.
+    The loss is the mean absolute error of the target, less what the molecule's elements contribute (see
+    `fit_reference`), standardised with mean and standard deviation of the training molecules.
 
     Args:
         dataset: all molecules.
@@ -68,6 +73,9 @@ class QM9Task:
         seed: of the order of molecules; each epoch has its own.
         balanced: make batches of about the same number of edges, see `length_balanced_batches`.
         num_train, num_val: train and validate on this many first molecules of these splits; 0: on all.
+        reference: see `fit_reference`.
+        augment: "none"; "rotations": every molecule is turned at random, which changes nothing for an equivariant
+            network.
     """
 
     def __init__(
@@ -81,35 +89,48 @@ class QM9Task:
         balanced: bool,
         num_train: int,
         num_val: int,
+        reference: str,
+        augment: str,
     ):
         for name, value in (("train", num_train), ("val", num_val)):
             if value > len(split[name]):
                 raise ValueError(f"num_{name} must be at most {len(split[name])}, as many as there are, got {value}")
         self.dataset, self.target, self.max_degree = dataset, TARGETS[task], max_degree
-        self.batch_size, self.seed, self.balanced = batch_size, seed, balanced
+        self.batch_size, self.seed, self.balanced, self.augment = batch_size, seed, balanced, augment
         self.train, self.validation = split["train"][: num_train or None], split["val"][: num_val or None]
         self.column = list(TARGETS).index(task)
-        known = dataset.targets[self.train, self.column]
+        self.reference = fit_reference(dataset, task, self.train, reference)
+        rest = dataset.targets[:, self.column] - contributions(self.reference, dataset)  # (G,)
+        known = rest[self.train]
         self.mean, self.std = known.mean().item(), known.std().item()
         if not self.std > 0:
             raise ValueError(
                 f"{task}: all {len(known)} training molecules have the value {self.mean}: nothing to learn"
             )
+        self._standardised = ((rest - self.mean) / self.std).float().to(dataset.device)  # (G,)
 
     def batches(self, epoch: int) -> Sequence[LongTensor]:
-        """(B,) molecules of every batch of an epoch."""
+        """For every batch of an epoch (B, 1) molecules; if they are turned (B, 5), with four numbers for a rotation."""
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
         if self.balanced:
             rows = length_balanced_batches(self.dataset.num_edges[self.train], self.batch_size, generator)
-            return [self.train[row] for row in rows]
-        return self.train[torch.randperm(len(self.train), generator=generator)].split(self.batch_size)
+        else:
+            rows = torch.randperm(len(self.train), generator=generator).split(self.batch_size)
+        batches = [self.train[row, None] for row in rows]
+        if self.augment == "none":
+            return batches
+        return [torch.cat([batch, random_turns(len(batch), generator)], dim=1) for batch in batches]
 
     def load(self, examples: LongTensor) -> QM9Batch:
-        return self.dataset.batch(examples)
+        """A batch of molecules whose `targets` are (B,) what the network is to predict."""
+        batch = self.dataset.batch(examples[:, 0])
+        batch = replace(batch, targets=self._standardised[examples[:, 0].to(self._standardised.device)])
+        if self.augment == "none":
+            return batch
+        return batch.turn(turn_matrices(examples[:, 1:]).to(batch.rotations))
 
     def loss(self, model: nn.Module, batch: QM9Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        wanted = ((batch.targets[:, self.column] - self.mean) / self.std).float()
-        error = (run_network(model, batch, self.max_degree) - wanted).abs().mean()
+        error = (run_network(model, batch, self.max_degree) - batch.targets).abs().mean()
         return error, {"mae": error * self.std * self.target.factor}
 
     def validate(self, model: nn.Module) -> dict[str, float]:
@@ -128,7 +149,57 @@ class QM9Task:
     def info(self) -> dict:
         """What `predict` has to know besides the network; it travels in the checkpoint."""
         graph = {"graph": self.dataset.settings["graph"], "radius": self.dataset.settings.get("radius")}
-        return {"task": self.target.name, "mean": self.mean, "std": self.std, "max_degree": self.max_degree} | graph
+        values = {"reference": self.reference, "mean": self.mean, "std": self.std}
+        return {"task": self.target.name, "max_degree": self.max_degree} | values | graph
+
+
+def fit_reference(dataset: QM9Dataset, task: str, molecules: LongTensor, kind: str) -> list[float]:
+    """What an atom of each element of `ELEMENTS` contributes to a target, in the unit that is stored.
+
+    Args:
+        dataset: all molecules.
+        task: name of the target.
+        molecules: those to fit to, for training.
+        kind: "none": nothing; "fit": least squares, target ≈ constant + Σ over atoms, so that the network learns what
+            bonds and geometry add; "atoms": energies of free atoms, the same fit to target less atomisation energy, so
+            that the network learns the latter.
+
+    Raises:
+        ValueError: no atomisation energies of this target, or none of these molecules has an element of the others.
+    """
+    if kind == "none":
+        return [0.0] * len(ELEMENTS)
+    counts = dataset.element_counts[molecules]  # (B, 5)
+    for element, found, there in zip(ELEMENTS, counts.sum(0), dataset.element_counts.sum(0)):
+        if there and not found:
+            raise ValueError(
+                f"reference {kind}: none of {len(molecules)} training molecules has {element}, so that its share "
+                "cannot be known; train on more molecules, or give reference none"
+            )
+    values = dataset.targets[molecules, list(TARGETS).index(task)]
+    if kind == "atoms":
+        if f"{task}_atom" not in TARGETS:
+            raise ValueError(f"reference atoms is for U0, U, H and G, which have atomisation energies, got task {task}")
+        values = values - dataset.targets[molecules, list(TARGETS).index(f"{task}_atom")]
+    known = ~values.isnan()
+    if not known.any():
+        raise ValueError(f"reference {kind}: no training molecule has {task}_atom; give reference fit")
+    counts = torch.cat([counts, torch.ones(len(counts), 1)], dim=1)[known]
+    return torch.linalg.lstsq(counts, values[known], driver="gelsd").solution[: len(ELEMENTS)].tolist()
+
+
+def contributions(reference: Sequence[float], dataset: QM9Dataset) -> Tensor:
+    """(G,) float64 what the elements of every molecule contribute, see `fit_reference`."""
+    if not any(reference):
+        return torch.zeros(len(dataset), dtype=torch.float64)
+    return dataset.element_counts @ torch.tensor(reference, dtype=torch.float64)
+
+
+def expected_without_network(info: Mapping[str, object], dataset: QM9Dataset, molecules: LongTensor) -> Tensor:
+    """(G,) what is known of a target without looking at structures: the mean over the training molecules, and what the
+    elements contribute.
+    """
+    return info["mean"] + contributions(info["reference"], dataset)[molecules]
 
 
 def check_same_data(info: Mapping[str, object], dataset: QM9Dataset, checkpoint: str) -> None:
@@ -168,7 +239,7 @@ def predict(
     sorted_values = gather_shares(torch.cat([*parts, empty]), len(molecules)).cpu()
     values = torch.empty_like(sorted_values)
     values[order] = sorted_values
-    return info["mean"] + info["std"] * values
+    return expected_without_network(info, dataset, molecules) + info["std"] * values
 
 
 def mean_absolute_error(true: Tensor, predicted: Tensor) -> float:
@@ -208,4 +279,4 @@ def load_network(path: str | Path) -> tuple[SE3TransformerPooled, dict]:
         network.load_state_dict(content["model"])
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{path}: weights that do not fit the settings beside them ({error})") from error
-    return network.eval(), content["info"]
+    return network.eval(), {"reference": [0.0] * len(ELEMENTS)} | content["info"]  # older ones have no reference

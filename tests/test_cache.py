@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dataloader.cache import CacheError, CacheWriter, exclusive, fingerprint, open_cache, same_content, write_file
+from dataloader.cache import CacheError, CacheWriter, fingerprint, open_cache, same_content
+from se3_transformer.runtime.files import exclusive, write_file
 
 REBUILD = "python rebuild.py --all"
 SETTINGS = {"delta": 5, "rule": "spread", "pair": (1, 2)}
@@ -158,7 +159,7 @@ from pathlib import Path
 import numpy as np
 from dataloader.cache import CacheWriter
 directory, name, calls = sys.argv[1], sys.argv[2], int(sys.argv[3])
-owner = {"rename": Path, "fsync": os, "mkdir": Path}[name]
+owner = {"replace": Path, "rename": Path, "fsync": os, "mkdir": Path}[name]
 original = getattr(owner, name)
 def killer(*args, **kwargs):
     global calls
@@ -174,7 +175,7 @@ with CacheWriter(directory, {"delta": 6}, {}) as writer:
 
 
 @pytest.mark.parametrize(("name", "calls", "left"), [
-    ("fsync", 1, "old"), ("rename", 1, "old"), ("rename", 2, "old"), ("rename", 3, "none"), ("fsync", 3, "new"),
+    ("fsync", 1, "old"), ("replace", 1, "old"), ("rename", 1, "old"), ("rename", 2, "none"), ("fsync", 3, "new"),
 ])  # fmt: skip
 def test_a_killed_writer_leaves_nothing_half_done(directory, name, calls, left):
     """Killed in writing the manifest, before renaming it, before and between renaming the directories, and after."""

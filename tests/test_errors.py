@@ -250,6 +250,16 @@ def test_basis_of_another_graph(model, sample):
         model(sample.graph, sample.node_feats, sample.edge_feats, get_basis(sample.rel_pos[:10], max_degree=1))
 
 
+def test_dense_basis_of_another_package(model, sample):
+    dense = {
+        "0,1": torch.zeros(11, 1, 1, 3),
+        "out0_fused": torch.zeros(11, 4, 2, 1),
+        "in0_fused": torch.zeros(11, 1, 2, 4),
+    }
+    with refused("basis", "dense", "get_basis", "'0,1'"):
+        model(sample.graph, sample.node_feats, sample.edge_feats, dense)
+
+
 def test_basis_of_another_dtype(model, sample):
     with refused("basis", "float32", "float64"):
         model(sample.graph, sample.node_feats, sample.edge_feats, get_basis(sample.rel_pos.double(), max_degree=1))
@@ -290,8 +300,8 @@ def test_return_type_that_is_not_there():
 
 
 def test_pooling():
-    with refused("pooling", "sum", "max", "avg"):
-        build(return_type=0, pooling="sum")
+    with refused("pooling", "median", "max", "avg", "sum"):
+        build(return_type=0, pooling="median")
     with refused("max", "degree 1", "equivariant"):
         build(return_type=1, pooling="max")
     with refused("degree 0|return_type 0|return_type"):
@@ -342,6 +352,8 @@ def test_layers_without_degrees():
         ({0: 2.5}, ("channels", "2.5")),
         ([(0, 2), (0, 3)], ("degree 0", "twice")),
         ({"0": 2, 0: 3}, ("degree 0", "twice")),
+        ([(0, 2, 1)], ("pairs", r"\(0, 2, 1\)")),
+        ([16, 3], ("pairs", "16")),
     ],
 )
 def test_fiber(structure, parts):

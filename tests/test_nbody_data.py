@@ -17,8 +17,9 @@ from dataloader import nbody_simulator
 from dataloader.cache import CacheError
 from dataloader.nbody import NBodyDataset, baseline_errors, fully_connected_edges
 from dataloader.nbody_files import describe_simulations, load_simulations, save_simulations
-from dataloader.nbody_protocols import PROTOCOLS, cache_settings, eval_start_frames
+from dataloader.nbody_protocols import PROTOCOLS, cache_settings, eval_start_frames, position_std
 from dataloader.nbody_simulator import simulate
+from experiments.nbody import NBodyNetwork, equivariance_error
 from se3_transformer.model.basis import edge_frames
 
 ROOT = Path(__file__).parent.parent
@@ -157,9 +158,9 @@ def test_simulations_depend_on_the_seed_only(monkeypatch):
     assert not np.array_equal(simulate(1, 3, 1.0, seed=[2, 2])["points"][0], one_block["points"][0])
 
 
-@pytest.mark.parametrize("arguments", [(0,), (1, 1), (1, 5, -1.0), (1, 5, math.inf), (1, 5, math.nan)])
+@pytest.mark.parametrize("arguments", [(0,), (1, 1), (1, 5, -1.0), (1, 5, math.nan), (1, 5, 0.0, 0, 0.0)])
 def test_simulator_refuses(arguments):
-    with pytest.raises(ValueError, match="expected num_simulations ≥ 1, n_balls ≥ 2 and a finite box_size ≥ 0"):
+    with pytest.raises(ValueError, match="expected num_simulations ≥ 1, n_balls ≥ 2, a finite box_size ≥ 0 and"):
         simulate(*arguments)
 
 
@@ -317,6 +318,7 @@ def data_dir(tmp_path_factory):
     process = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "Writing the cache" in process.stdout and "simulating" in process.stderr
     preprocess(directory, "--preset=paper")
+    preprocess(directory, "--preset=egnn")
     return directory
 
 
@@ -325,7 +327,7 @@ def preset(request):
     return request.param
 
 
-NAMES = {"readme": "nbody", "paper": "nbody_paper"}
+NAMES = {"readme": "nbody", "paper": "nbody_paper", "egnn": "nbody_egnn"}
 
 
 def open_split(data_dir, preset, split):
@@ -342,7 +344,8 @@ def rows(dataset, preset):
         return simulations[order], frames[order], (simulations[order], frames[order])
     simulations = torch.randperm(len(dataset))
     spread = [math.floor(44 / len(dataset) * i) for i in simulations.tolist()]
-    return simulations, torch.tensor(spread if preset == "readme" else [0] * len(dataset)), (simulations,)
+    frames = {"readme": spread, "paper": [0] * len(dataset), "egnn": [30] * len(dataset)}[preset]
+    return simulations, torch.tensor(frames), (simulations,)
 
 
 @pytest.mark.parametrize("num_targets", [1, 5])
@@ -352,7 +355,7 @@ def test_batches_hold_the_simulations(data_dir, preset, split, num_targets):
     dataset, data = open_split(data_dir, preset, split)
     simulations, frames, arguments = rows(dataset, preset)
     batch = dataset.batch(*arguments, num_targets=num_targets)
-    delta = {"readme": 5, "paper": 10}[preset]
+    delta = {"readme": 5, "paper": 10, "egnn": 10}[preset]
     targets = delta // num_targets * np.arange(1, num_targets + 1)
     assert (len(dataset), batch.num_graphs, batch.num_particles) == (SIZES[split], len(frames), 5)
     assert dataset.interval == pytest.approx(delta * 0.1)
@@ -403,8 +406,33 @@ def test_start_frames_of_evaluation():
     assert eval_start_frames("first", 3, 44).tolist() == [0, 0, 0]
     spread = eval_start_frames("spread", 1000, 44)
     assert spread.tolist() == [int(44 / 1000 * i) for i in range(1000)]
-    with pytest.raises(ValueError, match="expected the rule first or spread, got 'last'"):
+    assert eval_start_frames(30, 3, 39).tolist() == [30, 30, 30]
+    with pytest.raises(ValueError, match="expected the rule first, spread or a frame, got 'last'"):
         eval_start_frames("last", 3, 44)
+    with pytest.raises(ValueError, match="points: expected room for the target after frame 30, got 30 frames"):
+        eval_start_frames(30, 3, 30)
+
+
+def test_density_of_the_egnn_protocol(tmp_path):
+    """Seven particles start in a volume 7/5 times that of five; five start as in the other protocols."""
+    assert [position_std(preset, 7) for preset in ("readme", "paper")] == [1, 1] and position_std("egnn", 5) == 1
+    std = position_std("egnn", 7)
+    assert std == (7 / 5) ** (1 / 3)
+    preprocess(tmp_path, "--preset=egnn", "--n_balls=7", "--num_train=1", "--num_val=1", "--num_test=1")
+    assert describe_simulations(tmp_path / "nbody_egnn_test.pkl")["simulated"]["position_std"] == std
+    points = load_simulations(tmp_path / "nbody_egnn_test.pkl")["points"]
+    start, velocities, charges = nbody_simulator._initial_state(1, 7, [0, 2])
+    np.testing.assert_array_equal(points, nbody_simulator._simulate_block(std * start, velocities, charges, 0.0)[0])
+
+
+@pytest.mark.parametrize("preset", PROTOCOLS)
+def test_twenty_particles(tmp_path, preset):
+    own_files(tmp_path, n=20, F=49)
+    preprocess(tmp_path, "--name=own", f"--preset={preset}")
+    batch = NBodyDataset(tmp_path / "cache" / "own", "test", cache_settings(preset)).batch(torch.tensor([3, 1]))
+    assert batch.rotations.shape == (2 * 20 * 19, 3, 3) and batch.num_particles == 20
+    network = NBodyNetwork(1.0, 5.0, 1, 1, 2, 4, 1, 2, 16)
+    assert equivariance_error(network, batch) < 1e-4
 
 
 @pytest.mark.parametrize(("split", "simulations", "frames", "error", "message"), [

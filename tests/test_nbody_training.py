@@ -3,6 +3,7 @@
 import json
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,11 @@ import torch
 from scripts import ROOT, Done, run, start
 
 from dataloader.nbody import NBodyDataset
-from experiments.nbody import NBodyNetwork, equivariance_error, load_network, reflect
+from experiments.augment import random_turns, turn_matrices
+from experiments.nbody import NETWORKS, NBodyNetwork, NBodyTask, PlainNetwork, equivariance_error, load_network, reflect
+from se3_transformer.model.basis import edge_frames
 from se3_transformer.runtime.checkpoint import load_checkpoint
+from se3_transformer.runtime.files import exclusive
 
 TINY = ["--num_layers", "1", "--num_degrees", "2", "--num_channels", "4", "--num_heads", "1", "--batch_size", "8"]
 TINY += ["--channels_div", "2", "--warmup_steps", "2", "--threads", "1"]
@@ -21,7 +25,7 @@ TINY += ["--channels_div", "2", "--warmup_steps", "2", "--threads", "1"]
 def simulated(tmp_path_factory) -> Path:
     """A directory with a tiny cache of each preset."""
     directory = tmp_path_factory.mktemp("nbody")
-    for preset in ("readme", "paper"):
+    for preset in ("readme", "paper", "egnn"):
         sizes = ["--num_train", "32", "--num_val", "10", "--num_test", "10"]
         done = run("preprocess_nbody.py", "--preset", preset, *sizes, cwd=directory)
         assert done.returncode == 0, done.stderr
@@ -92,6 +96,14 @@ def test_interrupted_run_ends_with_the_same_bits(simulated):
         (["--name", "missing"], "python preprocess_nbody.py"),
         (["--num_train", "33"], "num_train must be at most 32, as many as there are, got 33"),
         (["--num_iterations", "2"], "num_iterations must divide the 5 frames to the target, got 2"),
+        (["--first_start_frame", "44"], "within the 44 frames that leave room for the target, got 44 and 0"),
+        (
+            ["--first_start_frame", "40", "--num_start_frames", "5"],
+            "frames that leave room for the target, got 40 and 5",
+        ),
+        (["--augment", "rotations"], "augment must be none where there are walls, which do not turn, got 'rotations'"),
+        (["--network", "planar"], "network must be one of equivariant, plain, got 'planar'"),
+        (["--position_weight", "0", "--velocity_weight", "0"], "position_weight or velocity_weight must be positive"),
         (["--preset", "paper", "--name", "nbody"], "delta_frames"),
         (["--epochs", "3", "--learning_rate", "0.5", "--run_name", "whole"], "learning_rate 0.001 (now 0.5)"),
     ],
@@ -121,11 +133,126 @@ def test_preset_paper(simulated):
     assert load_network(simulated / "data/nbody_paper_best.pt").num_iterations == 5
 
 
+def test_preset_egnn(simulated):
+    """Positions alone choose the epoch; velocities, which nothing was learned of, are not reported."""
+    done = run("train_nbody.py", "--preset", "egnn", *TINY, "--epochs", "2", "--validate_every", "1", cwd=simulated)
+    assert done.returncode == 0, done.stderr
+    assert "MSE v" not in done.stdout
+    result = json.loads((simulated / "data/nbody_egnn_result.json").read_text())
+    state = load_checkpoint(simulated / "data/nbody_egnn_last.pt")
+    assert [facts["val_selection"] for facts in state["history"]] == [facts["val_mse_x"] for facts in state["history"]]
+    assert result["test"].keys() == {"mse_x"} and result["validation"].keys() == {"mse_x"}
+
+
+def test_start_frames_and_targets_of_training(simulated):
+    """What the presets take from the simulations: frame 30 alone with its target, or any with the frames on the way."""
+    train, validation = (NBodyDataset(simulated / "data/cache/nbody_egnn", split) for split in ("train", "val"))
+    weights = {"position_weight": 1.0, "velocity_weight": 1.0}
+    for first, number, expected in ((30, 1, {30}), (7, 3, {7, 8, 9}), (36, 0, {36, 37, 38}), (0, 0, set(range(39)))):
+        frames = {"first_start_frame": first, "num_start_frames": number}
+        task = NBodyTask(train, validation, 8, 0, **weights, num_train=0, **frames, num_targets=1, augment="none")
+        frames = torch.cat([batch[:, 1] for epoch in range(20) for batch in task.batches(epoch)])
+        assert set(frames.tolist()) == expected
+        batch = task.load(task.batches(0)[0])
+        assert batch.displacement.shape == (1, 40, 3)
+    network = NBodyNetwork(1.0, 0.0, 5, 1, 2, 4, 1, 2, 16)
+    loss, scalars = task.loss(network, batch)
+    assert loss == scalars["mse_x"] + scalars["mse_v"], "with one target, the loss is that of the end of the path"
+
+
 def test_network_is_equivariant(simulated):
     torch.manual_seed(0)
     dataset = NBodyDataset(simulated / "data/cache/nbody", "train")
     network = NBodyNetwork(0.5, 5.0, 3, 2, 4, 8, 2, 4, 16)
     assert equivariance_error(network, dataset.batch(torch.arange(16), torch.arange(16))) < 1e-5
+
+
+@pytest.mark.parametrize("augment", ["rotations", "symmetries"])
+def test_rotations_change_nothing_for_the_equivariant_network(simulated, augment):
+    """Loss and gradients in float64, of batches that are turned, and for `symmetries` mirrored back; the network that
+    is not equivariant sees the difference.
+    """
+    train, validation = (NBodyDataset(simulated / "data/cache/nbody_paper", split) for split in ("train", "val"))
+    settings = dict(batch_size=32, seed=0, position_weight=1.0, velocity_weight=1.0, num_train=0)
+    settings |= dict(first_start_frame=0, num_start_frames=0, num_targets=5)
+    plain, turned = (NBodyTask(train, validation, **settings, augment=kind) for kind in ("none", augment))
+    examples = turned.batches(3)[0]
+    assert torch.equal(examples, turned.batches(3)[0]) and not torch.equal(examples, turned.batches(4)[0])
+    a, b = in_float64(plain.load(examples[:, :2])), in_float64(turned.load(examples))
+    assert (a.displacement - b.displacement).abs().max() > 0.1, "nothing was turned"
+    torch.testing.assert_close(b.displacement.norm(dim=2), a.displacement.norm(dim=2), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(b.rotations[:, :, 1] * distance(b), b.positions[b.dst] - b.positions[b.src])
+    if augment == "symmetries":
+        signs = (a.charges == b.charges).view(32, 5)
+        assert (signs == signs[:, :1]).all() and 0 < signs[:, 0].sum() < 32
+        return
+    differences = {}
+    for name, network in NETWORKS.items():
+        torch.manual_seed(0)
+        network = network(1.0, 0.0, 5, 1, 3, 4, 1, 2, 8).double()
+        losses, gradients = [], []
+        for batch in (a, b):
+            loss, _ = plain.loss(network, batch)
+            losses.append(loss)
+            gradients.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, network.parameters())]))
+        differences[name] = [((y - x).norm() / x.norm()).item() for x, y in (losses, gradients)]
+    assert max(differences["equivariant"]) < 1e-5, "float32 positions that are turned are rounded"
+    assert min(differences["plain"]) > 1e-2
+
+
+def in_float64(batch):
+    """The same batch, with frames computed anew."""
+    doubled = {
+        name: value.double() for name, value in vars(batch).items() if getattr(value, "is_floating_point", bool)()
+    }
+    batch = replace(batch, **doubled)
+    return replace(batch, rotations=edge_frames(batch.positions[batch.dst] - batch.positions[batch.src]))
+
+
+def distance(batch):
+    """(E, 1)"""
+    return (batch.positions[batch.dst] - batch.positions[batch.src]).norm(dim=1, keepdim=True)
+
+
+def test_random_turns_are_rotations_of_every_kind():
+    turns = random_turns(4000, torch.Generator().manual_seed(0))
+    assert turns.dtype == torch.int64
+    matrices = turn_matrices(turns)
+    torch.testing.assert_close(matrices @ matrices.mT, torch.eye(3).double().expand(4000, 3, 3))
+    torch.testing.assert_close(torch.linalg.det(matrices), torch.ones(4000).double())
+    assert matrices.mean(0).abs().max() < 0.03, "some directions are preferred"
+    assert matrices.square().mean(0).sub(1 / 3).abs().max() < 0.03
+
+
+def test_plain_network_trains_and_loads(simulated):
+    flags = [
+        "--preset",
+        "paper",
+        "--network",
+        "plain",
+        "--augment",
+        "symmetries",
+        "--epochs",
+        "1",
+        "--run_name",
+        "plain",
+    ]
+    done = run("train_nbody.py", *flags, *TINY, cwd=simulated)
+    assert done.returncode == 0, done.stderr
+    assert isinstance(load_network(simulated / "data/plain_best.pt"), PlainNetwork)
+    assert json.loads((simulated / "data/plain_result.json").read_text())["equivariance_error"] > 1e-2
+
+
+def test_learning_curve(simulated):
+    flags = ["--sizes", "8", "--steps", "1", "--output", "curve", *TINY[:-4], "--threads", "1"]
+    process = start(str(ROOT / "results/nbody_learning_curve.py"), *flags, cwd=simulated)
+    stdout, stderr = process.communicate(timeout=240)
+    assert process.returncode == 0, stderr
+    result = json.loads((simulated / "curve.json").read_text())
+    assert result["simulations"] == [8] and len(result["mse_x"]) == 3
+    for name, errors in result["mse_x"].items():
+        assert f"| {name} | {errors[0]:.4f} |" in stdout
+    assert (simulated / "curve.png").stat().st_size > 5_000
 
 
 def test_reflect_equals_many_small_steps():
@@ -155,6 +282,14 @@ def test_two_processes_equal_one(simulated):
     one, two = (json.loads((simulated / f"data/{name}_result.json").read_text()) for name in ("one", "two"))
     for split in ("test", "validation"):
         assert one[split] == pytest.approx(two[split], rel=1e-4)
+
+
+def test_a_run_that_is_in_progress_is_not_started_again(simulated, trained):
+    before = (simulated / "runs/whole/log.jsonl").read_bytes()
+    with exclusive(simulated / "data/whole_last.pt"):
+        done = run("train_nbody.py", *TINY, "--epochs", "3", "--run_name", "whole", cwd=simulated)
+    assert done.returncode != 0 and "error: data/whole_last.pt: another process is at this run" in done.stderr
+    assert (simulated / "runs/whole/log.jsonl").read_bytes() == before
 
 
 def test_other_simulations_are_not_taken_for_the_same(simulated, trained):

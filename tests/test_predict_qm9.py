@@ -116,19 +116,20 @@ def test_true_values_of_an_sdf(work):
     errors = [float(row[4]) for row in rows if row[4]]
     assert errors == pytest.approx([float(rows[i][2]) - float(rows[i][3]) for i in (0, 2)], abs=1e-3)
     mae = np.mean(np.abs(errors))
-    assert f"mean absolute error {mae:.4g} meV of 2 molecules (mean of the training set: 2900 meV)" in done.stdout
+    assert f"mean absolute error {mae:.4g} meV of 2 molecules (without the network: 2900 meV)" in done.stdout
     assert (work / "true.png").read_bytes().startswith(b"\x89PNG") and "true.csv, true.png" in done.stdout
 
 
 def test_smiles_with_a_warning(work):
     script = str(ROOT / "predict_qm9.py")
+    (work / "predictions.png").write_bytes(b"of other molecules")
     process = start(script, "--checkpoint", "best.pt", "--smiles", "CCO c1ccccc1", "--threads", "1", cwd=work)
     _, stderr = process.communicate(timeout=120)
     assert process.returncode == 0, stderr
     assert stderr.startswith("warning: the geometries of SMILES are guessed with a force field")
     header, rows = table(work)
     assert header == HEADER and [row[:2] for row in rows] == [["CCO", "CCO"], ["c1ccccc1", "c1ccccc1"]]
-    assert not (work / "predictions.png").exists()
+    assert not (work / "predictions.png").exists(), "a plot of other molecules was left beside the table"
 
 
 def write_cache(work: Path, *flags: str):
@@ -149,7 +150,7 @@ def test_a_split_of_the_cache(work):
     assert [row[0] for row in rows] == [f"qm9 {i}" for i in test]
     np.testing.assert_allclose([float(row[2]) for row in rows], 1000 * true[test], atol=1e-4)
     mae, baseline = (np.abs(e).mean() for e in ([float(row[3]) for row in rows], 1000 * (true[test] + 6)))
-    assert f"error {mae:.4g} meV of {len(test)} molecules (mean of the training set: {baseline:.4g} meV)" in done.stdout
+    assert f"error {mae:.4g} meV of {len(test)} molecules (without the network: {baseline:.4g} meV)" in done.stdout
     assert (work / "predictions.png").exists()
 
 

@@ -3,20 +3,23 @@
 import json
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from qm9_molecules import many_molecules, save
 from scripts import ROOT, Done, run, start
 
-from dataloader.qm9 import TARGETS, QM9Dataset, split_molecules
-from experiments.qm9 import QM9Task, build_network, load_network, predict, run_network
+from dataloader.qm9 import TARGETS, QM9Dataset, graph_arrays, split_molecules
+from experiments.qm9 import QM9Task, build_network, fit_reference, load_network, predict, run_network
 from se3_transformer.model.graph import Graph
-from se3_transformer.runtime.checkpoint import load_checkpoint, previous_path
+from se3_transformer.runtime.checkpoint import load_checkpoint, previous_path, save_checkpoint
 
 TINY = ["--num_layers", "1", "--num_degrees", "2", "--num_channels", "4", "--num_heads", "1", "--batch_size", "16"]
 TINY += ["--warmup_steps", "2", "--threads", "1", "--device", "cpu", "--learning_rate", "0.01", "--ema_decay", "0.9"]
+TASK = dict(batch_size=16, seed=0, balanced=False, num_train=0, num_val=0, reference="none", augment="none")
 
 
 @pytest.fixture(scope="module")
@@ -169,9 +172,9 @@ def test_presets_train(prepared, preset):
 def test_balanced_batches_train_on_every_molecule_once(prepared):
     dataset = QM9Dataset.open(prepared / "data/cache/qm9")
     split = split_molecules(dataset.targets[:, 0], 0)
-    task = QM9Task(dataset, "mu", split, max_degree=1, batch_size=16, seed=0, balanced=True, num_train=50, num_val=0)
+    task = QM9Task(dataset, "mu", split, max_degree=1, **TASK | {"balanced": True, "num_train": 50})
     batches = task.batches(3)
-    assert sorted(torch.cat(batches).tolist()) == sorted(split["train"][:50].tolist())
+    assert sorted(torch.cat(batches)[:, 0].tolist()) == sorted(split["train"][:50].tolist())
 
 
 def test_benchmark_prints_a_rate_and_saves_nothing(prepared):
@@ -193,8 +196,13 @@ def test_time_limit_stops_and_goes_on(prepared):
     [
         (["--taks", "homo"], "did you mean --task"),
         (["--task", "homos"], "task must be one of mu, alpha, homo"),
-        (["--pooling", "sum"], "pooling must be one of max, avg"),
+        (["--pooling", "min"], "pooling must be one of max, avg, sum, got 'min'"),
+        (["--reference", "fitted"], "reference must be one of none, fit, atoms, got 'fitted'"),
+        (["--reference", "atoms"], "reference atoms is for U0, U, H and G, which have atomisation energies"),
+        (["--reference", "fit", "--num_train", "3"], "training molecules has"),
+        (["--augment", "symmetries"], "augment must be one of none, rotations, got 'symmetries'"),
         (["--accumulate", "0"], "accumulate must be at least 1"),
+        (["--split_seed", "4294967296"], "split_seed must be in 0 … 2^32 - 1, got 4294967296"),
         (["--precision", "half"], "precision must be one of"),
         (["--name", "missing"], "python preprocess_qm9.py --name missing"),
         (["--num_train", "77"], "num_train must be at most 76"),
@@ -220,6 +228,103 @@ def test_checkpoint_of_other_graphs_is_refused(prepared, trained):
     assert done.returncode == 0, done.stderr
     done = run("train_qm9.py", "--name", "pairs", "--evaluate", "data/whole_best.pt", "--device", "cpu", cwd=prepared)
     assert done.returncode != 0 and "bonds" in done.stderr and "complete" in done.stderr
+
+
+SHARES = torch.tensor([-13.6, -1029.9, -1485.3, -2042.6, -2713.5], dtype=torch.float64)  # eV, of H C N O F
+
+
+@pytest.fixture(scope="module")
+def energies(tmp_path_factory) -> Path:
+    """A directory with a cache of molecules whose U0 is their atomisation energy, unknown of two, and a large share of
+    each atom.
+    """
+    directory = tmp_path_factory.mktemp("energies")
+    molecules = many_molecules(100)
+    counts = np.add.reduceat(molecules.node_attr[:, :5], np.cumsum(molecules.n_node) - molecules.n_node, axis=0)
+    targets = molecules.targets.copy()
+    U0, U0_atom = (list(TARGETS).index(name) for name in ("U0", "U0_atom"))
+    targets[:, U0] = targets[:, U0_atom] + counts @ SHARES.numpy()
+    targets[[3, 50], U0_atom] = np.nan
+    save(directory / "small.npz", replace(molecules, targets=targets))
+    done = run("preprocess_qm9.py", "--source", "small.npz", cwd=directory)
+    assert done.returncode == 0, done.stderr
+    return directory
+
+
+@pytest.mark.parametrize("reference", ["fit", "atoms"])
+def test_shares_of_elements_are_fitted_kept_and_added_back(energies, reference):
+    """Both from training to prediction; without them the network would have to learn thousands of eV."""
+    flags = [*TINY, "--task", "U0", "--reference", reference, "--pooling", "sum", "--epochs", "8", "--batch_size", "8"]
+    done = run("train_qm9.py", *flags, "--run_name", reference, cwd=energies)
+    assert done.returncode == 0, done.stderr
+    assert "mean and elements of the training set" in done.stdout
+    network, info = load_network(energies / f"data/{reference}_best.pt")
+    assert network.transformer.pooling == "sum"
+    dataset = QM9Dataset.open(energies / "data/cache/qm9")
+    U0, U0_atom = (dataset.targets[:, list(TARGETS).index(name)] for name in ("U0", "U0_atom"))
+    split = split_molecules(U0, 0)
+    if reference == "atoms":
+        torch.testing.assert_close(torch.tensor(info["reference"], dtype=torch.float64), SHARES, rtol=1e-9, atol=1e-6)
+        known = U0_atom[split["train"]]
+        assert info["mean"] == pytest.approx(known[~known.isnan()].mean().item(), rel=0.1)
+    else:
+        counts = np.pad(dataset.element_counts[split["train"]], ((0, 0), (0, 1)), constant_values=1)
+        solution = np.linalg.lstsq(counts, U0[split["train"]].numpy())[0][:5]
+        torch.testing.assert_close(
+            torch.tensor(info["reference"], dtype=torch.float64), torch.from_numpy(solution), rtol=1e-6, atol=1e-6
+        )
+    result = results(energies, reference)
+    assert result["baseline_mae"] < 20_000, "meV: the elements explain all but the atomisation energies"
+    assert result["mae"] < result["baseline_mae"]
+    table = ["--checkpoint", f"data/{reference}_best.pt", "--split", "test", "--output", "table.csv", "--device", "cpu"]
+    done = run("predict_qm9.py", *table, cwd=energies)
+    assert done.returncode == 0, done.stderr
+    errors = [float(line.split(",")[-1]) for line in (energies / "table.csv").read_text().splitlines()[1:]]
+    assert sum(map(abs, errors)) / len(errors) == pytest.approx(result["mae"], rel=1e-3)
+    assert f"(without the network: {result['baseline_mae']:.4g} meV)" in done.stdout
+
+
+def test_free_atoms_need_atomisation_energies():
+    molecules = many_molecules(20)
+    targets = molecules.targets.copy()
+    targets[:, list(TARGETS).index("U0_atom")] = np.nan
+    dataset = QM9Dataset(graph_arrays(replace(molecules, targets=targets)), {})
+    with pytest.raises(ValueError, match="no training molecule has U0_atom; give reference fit"):
+        fit_reference(dataset, "U0", torch.arange(20), "atoms")
+
+
+def test_elements_are_counted(energies):
+    dataset = QM9Dataset.open(energies / "data/cache/qm9")
+    expected = [[4, 1, 0, 0, 0], [3, 0, 1, 0, 0], [2, 0, 0, 1, 0], [2, 2, 0, 0, 0]]
+    assert dataset.element_counts[:4].tolist() == expected and dataset.element_counts.shape == (100, 5)
+
+
+def test_checkpoints_without_reference_are_read(energies, tmp_path):
+    done = run("train_qm9.py", *TINY, "--epochs", "1", "--run_name", "old", cwd=energies)
+    assert done.returncode == 0, done.stderr
+    content = load_checkpoint(energies / "data/old_best.pt")
+    assert content["info"].pop("reference") == [0.0] * 5
+    save_checkpoint(tmp_path / "old.pt", content)
+    assert load_network(tmp_path / "old.pt")[1] == load_network(energies / "data/old_best.pt")[1]
+
+
+def test_rotations_change_nothing(prepared):
+    """Loss and gradients of a batch that is turned are those of the batch that is not."""
+    dataset = QM9Dataset.open(prepared / "data/cache/qm9")
+    split = split_molecules(dataset.targets[:, 2], 0)
+    plain, turned = (QM9Task(dataset, "homo", split, 2, **TASK | {"augment": kind}) for kind in ("none", "rotations"))
+    examples = turned.batches(3)[0]
+    assert torch.equal(examples[:, :1], plain.batches(3)[0]), "other molecules than without"
+    a, b = plain.load(examples[:, :1]), turned.load(examples)
+    assert (a.graph.rel_pos - b.graph.rel_pos).norm(dim=1).mean() > 0.5, "nothing was turned"
+    torch.testing.assert_close(b.graph.rel_pos.norm(dim=1), a.graph.rel_pos.norm(dim=1))
+    torch.testing.assert_close(b.rotations[:, :, 1], torch.nn.functional.normalize(b.graph.rel_pos, dim=1))
+    shape = dict(num_layers=2, num_degrees=3, num_channels=8, num_heads=2, channels_div=2, pooling="max")
+    network = build_network(shape | dict(norm=True, use_layer_norm=True, tensor_cores=True, low_memory=False))
+    losses = [plain.loss(network, batch)[0] for batch in (a, b)]
+    gradients = [torch.autograd.grad(loss, network.parameters()) for loss in losses]
+    torch.testing.assert_close(*losses, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-4)
 
 
 def test_network_is_that_of_the_settings():

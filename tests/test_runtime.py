@@ -1,11 +1,14 @@
 """Trainer, checkpoints, logs, settings: on a toy task where nothing hides behind a large network."""
 
+import importlib
 import json
 import math
 import os
+import re
 import signal
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,7 +22,8 @@ from se3_transformer.runtime.checkpoint import (
     previous_path,
     save_checkpoint,
 )
-from se3_transformer.runtime.distributed import gather_shares, process_group
+from se3_transformer.runtime.distributed import exclusive_run, gather_shares, process_group
+from se3_transformer.runtime.files import run_files
 from se3_transformer.runtime.log import RunLog
 from se3_transformer.runtime.settings import parse_settings
 from se3_transformer.runtime.trainer import (
@@ -43,7 +47,8 @@ SETTINGS = {
     "precision": "float32",
     "validate_every": 1,
 }
-CONTROL = {"seed": 0, "threads": 0, "workers": 0, "log_every": 50, "save_every": 0, "max_minutes": 0.0}
+CONTROL = {"workers": 0, "log_every": 50, "save_every": 0}
+CHECKED = SETTINGS | CONTROL | {"seed": 0, "threads": 0, "max_minutes": 0.0}
 
 
 @dataclass
@@ -219,6 +224,99 @@ def test_stopped_run_ends_with_the_same_bits(tmp_path, steps):
         for key in ("epoch/seconds", "epoch/examples_per_second"):
             line.pop(key, None)
     assert a == b
+
+
+def test_validation_that_would_end_too_late_is_left_to_the_next_time(tmp_path):
+    """The one before it took ten minutes, and nine are left: it is not begun, and the run ends with the same bits."""
+    straight = trainer(tmp_path / "straight")
+    straight.train()
+    stopped = trainer(tmp_path / "stopped")
+    stopped.deadline, stopped._validation_seconds = time.monotonic() + 540, 600
+    with pytest.raises(OutOfTime, match="the same command goes on"):
+        stopped.train()
+    assert stopped.step == 6 and stopped.history == []
+    trainer(tmp_path / "stopped").train()
+    assert_same_state(load_checkpoint(tmp_path / "straight/last.pt"), load_checkpoint(tmp_path / "stopped/last.pt"))
+
+
+VALIDATING = """
+import sys, time
+from pathlib import Path
+sys.path.insert(0, sys.argv[2])
+from test_runtime import ToyTask, trainer
+class Slow(ToyTask):
+    def validate(self, model):
+        print("validating", flush=True)
+        time.sleep(0.2)
+        return super().validate(model)
+trainer(Path(sys.argv[1]), Slow(), save_every=int(sys.argv[3])).train()
+"""
+
+
+@pytest.mark.parametrize(("save_every", "step"), [(0, 6), (6, 12)])
+def test_kill_during_validation(tmp_path, save_every, step):
+    """A real SIGKILL in the second of three validations; the last step before it is saved or not."""
+    trainer(tmp_path / "straight").train()
+    process = start("-c", VALIDATING, "killed", str(Path(__file__).parent), str(save_every), cwd=tmp_path)
+    for _ in range(2):
+        assert process.stdout.readline() == "validating\n"
+    time.sleep(0.1)
+    process.send_signal(signal.SIGKILL)
+    stdout, _ = process.communicate()
+    assert process.returncode == -signal.SIGKILL and stdout == ""
+    again = trainer(tmp_path / "killed", save_every=save_every)
+    assert again.step == step
+    again.train()
+    assert_same_state(load_checkpoint(tmp_path / "straight/last.pt"), load_checkpoint(tmp_path / "killed/last.pt"))
+    a, b = ([line for line in lines(tmp_path / name) if "validation/mse" in line] for name in ("straight", "killed"))
+    assert a == b and len(a) == 3
+
+
+HOLDER = """
+import sys, time, torch
+from se3_transformer.runtime.distributed import exclusive_run
+from se3_transformer.runtime.files import run_files
+with exclusive_run(run_files("data", sys.argv[1], "logs"), torch.device("cpu")):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize(("data_dir", "held"), [("data", "data/name_last.pt"), ("elsewhere", "logs/name")])
+def test_a_run_is_held_by_one_process_until_it_is_killed(tmp_path, monkeypatch, data_dir, held):
+    monkeypatch.chdir(tmp_path)
+    process = start("-c", HOLDER, "name", cwd=tmp_path)
+    assert process.stdout.readline() == "held\n"
+    files, cpu = run_files(data_dir, "name", "logs"), torch.device("cpu")
+    with exclusive_run(run_files(data_dir, "another", "logs"), cpu):
+        with pytest.raises(BlockingIOError, match=f"{held}: another process is at this run; .* another --run_name"):
+            exclusive_run(files, cpu).__enter__()
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    with exclusive_run(files, cpu):
+        pass
+
+
+RANKS = """
+from se3_transformer.runtime.distributed import exclusive_run, process_group
+from se3_transformer.runtime.files import run_files
+with process_group("cpu") as device, exclusive_run(run_files("data", "name", "logs"), device):
+    print("entered")
+"""
+
+
+def test_all_processes_of_a_run_hold_it_or_none(tmp_path, monkeypatch):
+    """A real torchrun."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "ranks.py").write_text(RANKS)
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "ranks.py"]
+    with exclusive_run(run_files("data", "name", "logs"), torch.device("cpu")):
+        process = start(*command, cwd=tmp_path)
+        stdout, stderr = process.communicate(timeout=120)
+    assert process.returncode != 0 and "entered" not in stdout
+    assert stderr.count("name_last.pt: another process is at this run") == 1
+    process = start(*command, cwd=tmp_path)
+    assert process.communicate(timeout=120)[0].count("entered") == 2 and process.returncode == 0
 
 
 def test_damaged_state_is_named_and_the_one_before_it_used(tmp_path, capsys):
@@ -405,12 +503,13 @@ def test_missing_device():
         ({"ema_decay": 1.0}, "ema_decay must be in"),
         ({"precision": "half"}, "precision must be one of float32, tf32, bfloat16, float16, got 'half'"),
         ({"max_minutes": -1.0}, "max_minutes must be at least 0"),
+        ({"seed": 2**32}, "seed must be in 0 … 2^32 - 1, got 4294967296"),
     ],
 )
 def test_settings_that_make_no_sense(change, message):
-    check_training_settings(SETTINGS | CONTROL)
-    with pytest.raises(ValueError, match=message):
-        check_training_settings(SETTINGS | CONTROL | change)
+    check_training_settings(CHECKED)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        check_training_settings(CHECKED | change)
 
 
 def test_schedule():
@@ -455,3 +554,21 @@ def test_preset_yields_to_flags():
         defaults, presets, "", lambda s: None, ["--preset", "large", "--rate", "0.2", "--flag", "yes"]
     )
     assert settings == {"preset": "large", "width": 10, "rate": 0.2, "flag": True}
+
+
+@pytest.mark.parametrize("script", ["preprocess_nbody", "preprocess_qm9", "train_nbody", "train_qm9", "predict_qm9"])
+def test_help_says_what_every_setting_is(script, capsys):
+    module = importlib.import_module(script)
+    with pytest.raises(SystemExit):
+        parse_settings(module.SETTINGS, getattr(module, "PRESETS", {}), "", module.check, ["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    for key in module.SETTINGS:
+        assert re.search(rf" --{key} \S+ [^(-]+", text), f"{key} has no comment"
+
+
+def test_help_shows_what_presets_change(capsys):
+    with pytest.raises(SystemExit):
+        parse_settings(
+            {"preset": "small", "width": 1}, {"small": {}, "large": {"width": 10}}, "", lambda s: None, ["--help"]
+        )
+    assert "(default 1, large: 10)" in capsys.readouterr().out

@@ -179,6 +179,13 @@ def get_basis(
     return basis
 
 
+def update_basis_with_fused(
+    basis: dict[str, Tensor], max_degree: int, use_pad_trick: bool, fully_fused: bool
+) -> dict[str, Tensor]:
+    """The basis as it came: callers of the known package call this after `get_basis`, here nothing has to be added."""
+    return basis
+
+
 def check_relative_pos(relative_pos: Tensor, values: bool = True) -> None:
     """Raise ValueError unless relative_pos is a floating point tensor (E, 3), and finite if `values` are to be read."""
     if relative_pos.ndim != 2 or relative_pos.shape[1] != 3 or not relative_pos.is_floating_point():
@@ -244,7 +251,15 @@ class ForwardBasis(dict):
     """A basis for one forward pass, in which the layers share what `frame_matrix` makes of it.
 
     Kept longer, a matrix made without gradients could meet a pass that wants them.
+
+    Args:
+        basis: as `get_basis` gives it.
+        in_pairs: edges 2k and 2k + 1 have the same edge scalars, see `se3_transformer.model.pairs`.
     """
+
+    def __init__(self, basis: dict[str, Tensor], in_pairs: bool = False):
+        super().__init__(basis)
+        self.in_pairs = in_pairs
 
 
 def frame_matrix(basis: dict[str, Tensor], degrees: tuple[int, ...]) -> Tensor:

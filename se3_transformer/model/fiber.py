@@ -30,9 +30,12 @@ class Fiber(dict):
     """
 
     def __init__(self, structure: Mapping[int | str, int] | Iterable[tuple[int | str, int]] = ()):
-        pairs = structure.items() if isinstance(structure, Mapping) else list(structure)
         channels_of: dict[int, int] = {}
-        for degree, channels in pairs:
+        for pair in structure.items() if isinstance(structure, Mapping) else structure:
+            try:
+                degree, channels = pair
+            except (TypeError, ValueError):
+                raise ValueError(f"Fiber: expected a mapping or pairs (degree, channels), got {pair!r}") from None
             if int(degree) != float(degree) or int(degree) < 0:
                 raise ValueError(f"Fiber: a degree must be a whole number >= 0, got {degree!r}")
             if int(channels) != channels or channels < 0:
@@ -81,8 +84,10 @@ class Fiber(dict):
             return list(product(self.structure, other.structure))
         return Fiber([(degree, channels * other) for degree, channels in self.structure])
 
-    def __add__(self, other: Fiber) -> Fiber:
-        """Concatenation along channels: the channels of each degree add up."""
+    def __add__(self, other: Fiber | int) -> Fiber:
+        """Fiber + int adds channels to every degree; Fiber + Fiber adds the channels of each degree up."""
+        if isinstance(other, int):
+            return Fiber([(degree, channels + other) for degree, channels in self.structure])
         return Fiber([(degree, self[degree] + other[degree]) for degree in {*self.degrees, *other.degrees}])
 
     def __hash__(self) -> int:
@@ -101,8 +106,8 @@ class Fiber(dict):
 
     @staticmethod
     def combine_selectively(fiber1: Fiber, fiber2: Fiber) -> Fiber:
-        """The degrees of fiber1, each with the larger number of channels."""
-        return Fiber([(degree, max(fiber1[degree], fiber2[degree])) for degree in fiber1.degrees])
+        """The degrees of fiber1, each with the channels of both."""
+        return Fiber([(degree, fiber1[degree] + fiber2[degree]) for degree in fiber1.degrees])
 
     def to_attention_heads(self, tensors: dict[str, Tensor], num_heads: int) -> Tensor:
         """Split the channels of each degree into heads and flatten: {'l': (..., C, 2l+1)} -> (..., heads, D / heads)

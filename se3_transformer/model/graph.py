@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING
 
@@ -10,6 +11,7 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     import dgl
+    from torch_geometric.data import Data
 
 
 @dataclass
@@ -17,6 +19,11 @@ class Graph:
     """A batch of directed graphs; messages run src -> dst.
 
     Node ids of the graphs of a batch follow each other, as do their edges; within a graph edges come in any order.
+
+    Raises:
+        TypeError: something else where a tensor is expected.
+        ValueError: indices that are not whole numbers, lengths or devices that differ; on a CPU also node ids that are
+            not there, and sizes that do not add up.
     """
 
     src: Tensor  # (E,) int64 node that sends
@@ -27,16 +34,17 @@ class Graph:
     batch_num_edges: Tensor | None = None  # (B,) int64 edges of each graph; by default one graph
 
     def __post_init__(self):
-        for name in ("src", "dst"):
-            index = getattr(self, name)
-            if index.ndim != 1 or index.dtype not in (torch.int64, torch.int32):
-                raise ValueError(
-                    f"Graph.{name}: expected an integer tensor (E,), got {index.dtype} {tuple(index.shape)}"
-                )
+        for name in ("src", "dst", "batch_num_nodes", "batch_num_edges"):
+            if (index := getattr(self, name)) is not None or name in ("src", "dst"):
+                check_index(f"Graph.{name}", index)
+        self.src, self.dst = self.src.long(), self.dst.long()
         if len(self.src) != len(self.dst):
             raise ValueError(f"Graph: src and dst differ in length, {len(self.src)} and {len(self.dst)}")
         if self.rel_pos is not None and len(self.rel_pos) != len(self.src):
             raise ValueError(f"Graph.rel_pos: expected {len(self.src)} rows, one per edge, got {len(self.rel_pos)}")
+        for name, tensor in (("dst", self.dst), ("rel_pos", self.rel_pos)):
+            if tensor is not None and tensor.device != self.src.device:
+                raise ValueError(f"Graph.{name}: expected on {self.src.device} like src, got {tensor.device}")
         if self.num_nodes is None:
             if self.batch_num_nodes is not None:
                 self.num_nodes = int(self.batch_num_nodes.sum())
@@ -58,6 +66,9 @@ class Graph:
                 raise ValueError(
                     f"Graph.{name}: expected ids of {self.num_nodes} nodes, got ids from {lowest} to {highest}"
                 )
+        for name in ("batch_num_nodes", "batch_num_edges"):
+            if (sizes := getattr(self, name)) is not None and (sizes < 0).any():
+                raise ValueError(f"Graph.{name}: expected sizes >= 0, got {sizes.tolist()}")
         if (total := int(self.batch_num_nodes.sum())) != self.num_nodes:
             raise ValueError(f"Graph: batch_num_nodes add up to {total}, but num_nodes is {self.num_nodes}")
         if self.batch_num_edges is None:
@@ -97,12 +108,59 @@ class Graph:
         return graphs.repeat_interleave(self.batch_num_nodes.to(self.device), output_size=self.num_nodes)
 
     @staticmethod
+    def from_positions(
+        positions: Tensor, src: Tensor, dst: Tensor, sizes: Tensor | Sequence[int] | None = None
+    ) -> Graph:
+        """The graph of given edges; `rel_pos` is made from the positions, so that gradients flow to them.
+
+        Args:
+            positions: (N, 3).
+            src, dst: (E,) ends of the edges.
+            sizes: (B,) nodes of each graph, which follow each other; by default one graph.
+
+        Raises:
+            TypeError, ValueError: see `Graph`; positions of another shape, dtype or device.
+        """
+        check_positions(positions)
+        sizes = None if sizes is None else torch.as_tensor(sizes, device=positions.device)
+        graph = Graph(src, dst, num_nodes=len(positions), batch_num_nodes=sizes)
+        if graph.device != positions.device:
+            raise ValueError(f"Graph.src: expected on {positions.device} like the positions, got {graph.device}")
+        graph.rel_pos = positions[graph.dst] - positions[graph.src]
+        return graph
+
+    @staticmethod
+    def from_pyg(data: Data) -> Graph:
+        """The graph of a PyG `Data` or `Batch`, or of anything with the same attributes; PyG is not needed.
+
+        They are `edge_index` (2, E), src and dst; `rel_pos` (E, 3), or `pos` (N, 3) to make it from; of a batch also
+        `ptr` (B + 1,) or `batch` (N,).
+
+        Raises:
+            TypeError, ValueError: see `Graph`; an `edge_index` of another shape, or a `batch` that is not sorted.
+        """
+        edges, positions, rel_pos = data.edge_index, getattr(data, "pos", None), getattr(data, "rel_pos", None)
+        if not isinstance(edges, Tensor) or edges.ndim != 2 or len(edges) != 2:
+            came = tuple(edges.shape) if isinstance(edges, Tensor) else type(edges).__name__
+            raise ValueError(f"edge_index: expected an integer tensor (2, E), got {came}")
+        sizes = None
+        if (starts := getattr(data, "ptr", None)) is not None:
+            sizes = starts.diff()
+        elif (graphs := getattr(data, "batch", None)) is not None:
+            if (graphs.diff() < 0).any():
+                raise ValueError("batch: expected the nodes of each graph to follow each other, but it is not sorted")
+            sizes = graphs.bincount()
+        if rel_pos is None and positions is not None:
+            return Graph.from_positions(positions, *edges, sizes)
+        return Graph(*edges, rel_pos=rel_pos, num_nodes=data.num_nodes, batch_num_nodes=sizes)
+
+    @staticmethod
     def from_dgl(graph: dgl.DGLGraph) -> Graph:
         """The graph of a `dgl.DGLGraph` (batched or not) with one node and one edge type; edata['rel_pos'] is kept."""
         src, dst = graph.edges()
         return Graph(
-            src=src.long(),
-            dst=dst.long(),
+            src=src,
+            dst=dst,
             rel_pos=graph.edata.get("rel_pos"),
             num_nodes=graph.num_nodes(),
             batch_num_nodes=graph.batch_num_nodes(),
@@ -128,16 +186,35 @@ class Graph:
         return graph
 
 
-def as_graph(graph: Graph | dgl.DGLGraph) -> Graph:
-    """What callers pass as a graph, as a `Graph`.
+def as_graph(graph: Graph | dgl.DGLGraph | Data) -> Graph:
+    """What callers pass as a graph, as a `Graph`; neither DGL nor PyG is imported for that.
 
     Raises:
-        TypeError: neither a `Graph` nor a `dgl.DGLGraph`.
+        TypeError: none of these.
     """
     if isinstance(graph, Graph):
         return graph
-    if (
-        hasattr(graph, "batch_num_nodes") and hasattr(graph, "edges") and hasattr(graph, "edata")
-    ):  # without importing DGL
+    if hasattr(graph, "batch_num_nodes") and hasattr(graph, "edges") and hasattr(graph, "edata"):
         return Graph.from_dgl(graph)
-    raise TypeError(f"graph: expected a dgl.DGLGraph or se3_transformer.model.Graph, got {type(graph).__name__}")
+    if hasattr(graph, "edge_index"):
+        return Graph.from_pyg(graph)
+    raise TypeError(
+        "graph: expected a dgl.DGLGraph, a PyG Data or Batch, or a se3_transformer.model.Graph (from tensors: "
+        f"Graph.from_positions), got {type(graph).__name__}"
+    )
+
+
+def check_index(name: str, index: Tensor) -> None:
+    """Raise unless index is an integer tensor with one axis."""
+    if not isinstance(index, Tensor):
+        raise TypeError(f"{name}: expected an integer tensor, got {type(index).__name__}")
+    if index.ndim != 1 or index.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"{name}: expected an integer tensor with one axis, got {index.dtype} {tuple(index.shape)}")
+
+
+def check_positions(positions: Tensor) -> None:
+    """Raise ValueError unless positions are a floating point tensor (N, 3)."""
+    if positions.ndim != 2 or positions.shape[1] != 3 or not positions.is_floating_point():
+        raise ValueError(
+            f"positions: expected a floating point tensor (N, 3), got {positions.dtype} {tuple(positions.shape)}"
+        )

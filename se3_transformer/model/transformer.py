@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
+import inspect
+import warnings
+from difflib import get_close_matches
 from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
 
-from se3_transformer.model.basis import ForwardBasis, check_relative_pos, get_basis
+from se3_transformer.model.basis import check_relative_pos, get_basis
 from se3_transformer.model.fiber import Fiber, degree_to_dim
 from se3_transformer.model.graph import Graph, as_graph
-from se3_transformer.model.layers import AttentionBlockSE3, ConvSE3, ConvSE3FuseLevel, GPooling, NormSE3
+from se3_transformer.model.layers import AttentionBlockSE3, ConvSE3, ConvSE3FuseLevel, GPooling
+from se3_transformer.model.layers.attention import Skip
+from se3_transformer.model.layers.convolution import Aggregation, SelfInteractionPer
+from se3_transformer.model.layers.norm import NORMS, NormType
+from se3_transformer.model.layers.pooling import Pooling
+from se3_transformer.model.layers.relative_position import RelativePosition
+from se3_transformer.model.layers.self_interaction import SELF_INTERACTIONS, SelfInteraction
+from se3_transformer.model.options import check_choice
+from se3_transformer.model.pairs import in_pairs
 
 if TYPE_CHECKING:
     import dgl
+    from torch_geometric.data import Data
 
 
 class Sequential(nn.Sequential):
@@ -30,29 +42,28 @@ def get_populated_edge_features(
 ) -> dict[str, Tensor]:
     """Edge features with the length of `relative_pos` (E, 3) as last channel of degree 0: {'0': (E, C + 1, 1), …}."""
     features = {str(degree): feature for degree, feature in (edge_features or {}).items()}
-    length = relative_pos.norm(dim=-1)[:, None, None]
+    square = relative_pos.square().sum(dim=-1)[:, None, None]
+    zero = square == 0  # where a norm has no second derivative
+    length = torch.where(zero, 1.0, square).sqrt() * ~zero
     features["0"] = torch.cat([features["0"], length], dim=1) if "0" in features else length
     return features
 
 
-class SE3Transformer(nn.Module):
-    """Attention network on a 3D graph; outputs of degree l rotate with the Wigner matrices D_l, nothing else moves.
+class EquivariantNetwork(nn.Module):
+    """Layers on a 3D graph between a door that checks what comes in and, where wanted, pooling.
+
+    Outputs of degree l rotate with the Wigner matrices D_l, nothing else moves. Subclasses set `graph_modules`.
 
     Args:
-        num_layers: attention blocks before the last convolution.
+        num_layers: hidden layers.
         fiber_in, fiber_hidden, fiber_out: fibers of node inputs, hidden layers and outputs.
-        num_heads: attention heads; they split the channels of every degree.
-        channels_div: keys and values have the hidden channels divided by this.
         fiber_edge: fiber of the edge features; the distance is always added as an edge scalar.
         return_type: return the features of this degree only, as a tensor.
-        pooling: 'max' or 'avg' over the nodes of each graph, of degree `return_type` (0 by default).
-        norm: `NormSE3` after every attention block.
-        use_layer_norm: layer norm in the radial networks.
-        tensor_cores: let all degrees share one radial network where the fibers allow it.
-        low_memory: one radial network per pair of degrees, and least memory.
+        pooling: 'max', 'avg' or 'sum' over the nodes of each graph, of degree `return_type` (0 by default).
+        relative_pos: see `ConvSE3`.
 
     Raises:
-        ValueError: fibers, heads and channels that do not fit each other.
+        ValueError: sizes that make no sense, or an unknown pooling.
     """
 
     def __init__(
@@ -61,18 +72,13 @@ class SE3Transformer(nn.Module):
         fiber_in: Fiber,
         fiber_hidden: Fiber,
         fiber_out: Fiber,
-        num_heads: int,
-        channels_div: int,
-        fiber_edge: Fiber = Fiber({}),  # noqa: B008 (a Fiber is never modified)
-        return_type: int | None = None,
-        pooling: Literal["avg", "max"] | None = None,
-        norm: bool = True,
-        use_layer_norm: bool = True,
-        tensor_cores: bool = False,
-        low_memory: bool = False,
+        fiber_edge: Fiber,
+        return_type: int | None,
+        pooling: Pooling | None,
+        relative_pos: RelativePosition | None,
     ):
         super().__init__()
-        self.num_layers, self.num_heads, self.channels_div = num_layers, num_heads, channels_div
+        self.num_layers = num_layers
         self.fiber_in, self.fiber_hidden, self.fiber_out, self.fiber_edge = (
             fiber_in,
             fiber_hidden,
@@ -80,46 +86,22 @@ class SE3Transformer(nn.Module):
             fiber_edge,
         )
         self.return_type, self.pooling = return_type, pooling
-        self.tensor_cores, self.low_memory = tensor_cores, low_memory
         for name, fiber in (("fiber_in", fiber_in), ("fiber_hidden", fiber_hidden), ("fiber_out", fiber_out)):
             if not fiber.degrees:
                 raise ValueError(f"{name}: expected at least one degree, got {fiber}")
-        for name, value, lowest in (("num_layers", num_layers, 0), ("num_heads", num_heads, 1)):
-            if value < lowest:
-                raise ValueError(f"{name} must be at least {lowest}, got {value}")
+        if num_layers < 0:
+            raise ValueError(f"num_layers must be at least 0, got {num_layers}")
         pooled_type = 0 if return_type is None else int(return_type)
         if (return_type is not None or pooling is not None) and pooled_type not in fiber_out:
             raise ValueError(f"return_type {pooled_type} is not among the output degrees {fiber_out.degrees}")
-
-        self.max_degree = max(*fiber_in.degrees, *fiber_hidden.degrees, *fiber_out.degrees, *fiber_edge.degrees)
-        if low_memory:
-            fuse_level = ConvSE3FuseLevel.NONE
-        else:
-            fuse_level = ConvSE3FuseLevel.FULL if tensor_cores else ConvSE3FuseLevel.PARTIAL
-        shared = dict(
-            fiber_edge=fiber_edge,
-            use_layer_norm=use_layer_norm,
-            max_degree=self.max_degree,
-            fuse_level=fuse_level,
-            low_memory=low_memory,
-        )
-        modules: list[nn.Module] = []
-        fiber = fiber_in
-        for _ in range(num_layers):
-            modules.append(
-                AttentionBlockSE3(fiber, fiber_hidden, num_heads=num_heads, channels_div=channels_div, **shared)
-            )
-            if norm:
-                modules.append(NormSE3(fiber_hidden))
-            fiber = fiber_hidden
-        modules.append(ConvSE3(fiber, fiber_out, self_interaction=True, **shared))
-        self.graph_modules = Sequential(*modules)
         if pooling is not None:
             self.pooling_module = GPooling(pool=pooling, feat_type=pooled_type)
+        degrees = {*fiber_in.degrees, *fiber_hidden.degrees, *fiber_out.degrees, *fiber_edge.degrees}
+        self.max_degree = max(degrees if relative_pos is None else degrees | {1})
 
     def forward(
         self,
-        graph: Graph | dgl.DGLGraph,
+        graph: Graph | dgl.DGLGraph | Data,
         node_feats: dict[str, Tensor],
         edge_feats: dict[str, Tensor] | None = None,
         basis: dict[str, Tensor] | None = None,
@@ -127,7 +109,8 @@ class SE3Transformer(nn.Module):
         """Run the network.
 
         Args:
-            graph: with `rel_pos`, (E, 3) pos[dst] - pos[src]; of a DGL graph `edata['rel_pos']`.
+            graph: with `rel_pos`, (E, 3) pos[dst] - pos[src]; of a DGL graph `edata['rel_pos']`; of a PyG `Data` or
+                `Batch` its own `rel_pos`, else made from `pos`.
             node_feats: {'l': (N, C, 2l+1)}.
             edge_feats: {'l': (E, C, 2l+1)}, without the distance.
             basis: `get_basis(rel_pos, max_degree)`; computed here if not given.
@@ -149,18 +132,141 @@ class SE3Transformer(nn.Module):
         check_parameters(next(self.parameters()), relative_pos)
         check_features("node feature", node_feats, self.fiber_in, graph.num_nodes, relative_pos)
         check_features("edge feature", edge_feats, self.fiber_edge, graph.num_edges, relative_pos)
-        if basis is None:
-            basis = get_basis(relative_pos, self.max_degree)
-        else:
+        if basis:
             check_basis(basis, self.max_degree, relative_pos)
+        else:
+            basis = get_basis(relative_pos, self.max_degree)
 
         edge_feats = get_populated_edge_features(relative_pos, edge_feats)
-        node_feats = self.graph_modules(node_feats, edge_feats, graph=graph, basis=ForwardBasis(basis))
+        graph, edge_feats, basis = in_pairs(graph, edge_feats, basis)
+        node_feats = self.graph_modules(node_feats, edge_feats, graph=graph, basis=basis)
         if self.pooling is not None:
             return self.pooling_module(node_feats, graph=graph)
         if self.return_type is not None:
             return node_feats[str(self.return_type)]
         return node_feats
+
+
+class SE3Transformer(EquivariantNetwork):
+    """Attention network on a 3D graph; outputs of degree l rotate with the Wigner matrices D_l, nothing else moves.
+
+    Args:
+        num_layers: attention blocks before the last layer.
+        fiber_in, fiber_hidden, fiber_out: fibers of node inputs, hidden layers and outputs.
+        num_heads: attention heads; they split the channels of every degree.
+        channels_div: keys and values have the hidden channels divided by this.
+        fiber_edge: fiber of the edge features; the distance is always added as an edge scalar.
+        return_type: return the features of this degree only, as a tensor.
+        pooling: 'max', 'avg' or 'sum' over the nodes of each graph, of degree `return_type` (0 by default).
+        norm: a nonlinearity after every attention block, see `norm_type`.
+        use_layer_norm: layer norm in the radial networks.
+        tensor_cores: let all degrees share one radial network where the fibers allow it.
+        low_memory: one radial network per pair of degrees, and least memory.
+        norm_type: the nonlinearity, 'norm' (`NormSE3`) or 'bias' (`NormBiasSE3`).
+        self_interaction: in the attention blocks, 'linear' or 'attentive', see `AttentionBlockSE3`.
+        skip: skip connection of these blocks, 'cat' or 'sum', see `AttentionBlockSE3`.
+        relative_pos: relative positions as vectors among the source features of every layer, 'cat' or 'add', see
+            `ConvSE3`.
+        last_layer: 'conv', or 'attention' for one more block, with one head, channels_div 1 and skip 'cat'.
+        last_self_interaction: in the last layer, 'linear' or 'attentive'.
+        aggregation: in the last convolution, 'sum' or 'mean' over incoming edges, see `ConvSE3`.
+        self_interaction_per: in the last convolution, 'edge' or 'node', see `ConvSE3`.
+
+    Raises:
+        ValueError: fibers, heads and channels that do not fit each other, or options that do not.
+    """
+
+    def __init__(
+        self,
+        num_layers: int,
+        fiber_in: Fiber,
+        fiber_hidden: Fiber,
+        fiber_out: Fiber,
+        num_heads: int,
+        channels_div: int,
+        fiber_edge: Fiber = Fiber({}),  # noqa: B008 (a Fiber is never modified)
+        return_type: int | None = None,
+        pooling: Pooling | None = None,
+        norm: bool = True,
+        use_layer_norm: bool = True,
+        tensor_cores: bool = False,
+        low_memory: bool = False,
+        *,
+        norm_type: NormType = "norm",
+        self_interaction: SelfInteraction = "linear",
+        skip: Skip = "cat",
+        relative_pos: RelativePosition | None = None,
+        last_layer: Literal["conv", "attention"] = "conv",
+        last_self_interaction: SelfInteraction = "linear",
+        aggregation: Aggregation = "sum",
+        self_interaction_per: SelfInteractionPer = "edge",
+    ):
+        super().__init__(num_layers, fiber_in, fiber_hidden, fiber_out, fiber_edge, return_type, pooling, relative_pos)
+        if num_heads < 1:
+            raise ValueError(f"num_heads must be at least 1, got {num_heads}")
+        self.num_heads, self.channels_div = num_heads, channels_div
+        self.tensor_cores, self.low_memory = tensor_cores, low_memory
+        self.fuse_level = fuse_level(tensor_cores, low_memory)
+        check_choice("last_layer", last_layer, ("conv", "attention"))
+        check_choice("last_self_interaction", last_self_interaction, SELF_INTERACTIONS)
+        if last_layer == "attention" and (aggregation, self_interaction_per) != ("sum", "edge"):
+            raise ValueError(
+                "aggregation and self_interaction_per are of the last convolution, but last_layer is 'attention'"
+            )
+
+        shared = dict(
+            fiber_edge=fiber_edge,
+            use_layer_norm=use_layer_norm,
+            max_degree=self.max_degree,
+            fuse_level=self.fuse_level,
+            low_memory=low_memory,
+            relative_pos=relative_pos,
+        )
+        modules: list[nn.Module] = []
+        fiber = fiber_in
+        for _ in range(num_layers):
+            modules.append(
+                AttentionBlockSE3(
+                    fiber,
+                    fiber_hidden,
+                    num_heads=num_heads,
+                    channels_div=channels_div,
+                    skip=skip,
+                    self_interaction=self_interaction,
+                    **shared,
+                )
+            )
+            modules += nonlinearity(norm, norm_type, fiber_hidden)
+            fiber = fiber_hidden
+        if last_layer == "attention":
+            last = AttentionBlockSE3(
+                fiber, fiber_out, num_heads=1, channels_div=1, self_interaction=last_self_interaction, **shared
+            )
+        else:
+            last = ConvSE3(
+                fiber,
+                fiber_out,
+                self_interaction=last_self_interaction,
+                aggregation=aggregation,
+                self_interaction_per=self_interaction_per,
+                **shared,
+            )
+        self.graph_modules = Sequential(*modules, last)
+
+
+def fuse_level(tensor_cores: bool, low_memory: bool) -> ConvSE3FuseLevel:
+    """How far the radial networks of a model may be shared."""
+    if low_memory:
+        return ConvSE3FuseLevel.NONE
+    return ConvSE3FuseLevel.FULL if tensor_cores else ConvSE3FuseLevel.PARTIAL
+
+
+def nonlinearity(norm: bool, norm_type: NormType, fiber: Fiber) -> list[nn.Module]:
+    """The layer between two others: one, or none without `norm`."""
+    check_choice("norm_type", norm_type, NORMS)
+    if not norm and norm_type != "norm":
+        raise ValueError(f"norm_type {norm_type!r} needs norm=True")
+    return [NORMS[norm_type](fiber)] if norm else []
 
 
 class SE3TransformerPooled(nn.Module):
@@ -171,7 +277,8 @@ class SE3TransformerPooled(nn.Module):
         fiber_edge: fiber of the edge features.
         num_degrees, num_channels: hidden degrees 0 … num_degrees-1, num_channels each.
         output_dim: numbers predicted per graph.
-        **kwargs: further arguments of `SE3Transformer`; pooling is 'max' unless given.
+        **kwargs: further arguments of `SE3Transformer`; pooling is 'max' unless given. Existing scripts hand over all
+            their settings: what is no argument of it is left out with a warning, unless it looks misspelt.
     """
 
     def __init__(
@@ -187,6 +294,7 @@ class SE3TransformerPooled(nn.Module):
         super().__init__()
         if fiber_out.degrees != [0]:
             raise ValueError(f"fiber_out: pooled are scalars, expected degree 0 alone, got {fiber_out}")
+        kwargs = without_foreign(kwargs)
         kwargs["pooling"] = kwargs.get("pooling") or "max"
         self.transformer = SE3Transformer(
             fiber_in=fiber_in,
@@ -201,13 +309,29 @@ class SE3TransformerPooled(nn.Module):
 
     def forward(
         self,
-        graph: Graph | dgl.DGLGraph,
+        graph: Graph | dgl.DGLGraph | Data,
         node_feats: dict[str, Tensor],
         edge_feats: dict[str, Tensor] | None = None,
         basis: dict[str, Tensor] | None = None,
     ) -> Tensor:
         """Predictions (B,) if output_dim is 1, else (B, output_dim); arguments as for `SE3Transformer.forward`."""
         return self.mlp(self.transformer(graph, node_feats, edge_feats, basis)).squeeze(-1)
+
+
+def without_foreign(options: dict[str, object]) -> dict[str, object]:
+    """The arguments of `SE3Transformer` among some options, with a warning that names the others.
+
+    Raises:
+        TypeError: an option that is nearly, but not quite, called like an argument.
+    """
+    known = list(inspect.signature(SE3Transformer).parameters)
+    foreign = [name for name in options if name not in known]
+    for name in foreign:
+        if near := get_close_matches(name, known, n=1, cutoff=0.7):
+            raise TypeError(f"SE3Transformer has no argument {name!r}; did you mean {near[0]!r}?")
+    if foreign:
+        warnings.warn(f"left out, as they are no arguments of SE3Transformer: {', '.join(foreign)}", stacklevel=3)
+    return {name: value for name, value in options.items() if name in known}
 
 
 def check_parameters(parameter: Tensor, relative_pos: Tensor) -> None:
@@ -221,7 +345,7 @@ def check_parameters(parameter: Tensor, relative_pos: Tensor) -> None:
 
 def check_features(name: str, features: dict[str, Tensor], fiber: Fiber, rows: int, relative_pos: Tensor) -> None:
     """Raise ValueError unless features are {'l': (rows, C, 2l+1)} of the fiber, on the device and of the dtype."""
-    extra = [degree for degree in features if degree not in fiber]
+    extra = [degree for degree, feature in features.items() if degree not in fiber and not is_empty(feature)]
     if extra:
         raise ValueError(f"{name}s of degree {', '.join(extra)} came, but the model's fiber is {fiber}")
     for degree, channels in fiber:
@@ -246,9 +370,19 @@ def check_features(name: str, features: dict[str, Tensor], fiber: Fiber, rows: i
             )
 
 
+def is_empty(feature: Tensor) -> bool:
+    """Whether a feature (rows, C, 2l+1) has no channels; whoever builds fibers from numbers may pass such."""
+    return isinstance(feature, Tensor) and feature.ndim == 3 and feature.shape[1] == 0
+
+
 def check_basis(basis: dict[str, Tensor], max_degree: int, relative_pos: Tensor) -> None:
     """Raise ValueError unless basis has a Wigner block of every edge for every degree up to max_degree."""
     check_relative_pos(relative_pos, values=relative_pos.device.type == "cpu")  # elsewhere it would hold up the device
+    if dense := [key for key in basis if "," in key or "fused" in key]:
+        raise ValueError(
+            f"basis: expected what se3_transformer.model.basis.get_basis of this package gives, got the dense basis of "
+            f"another one (with {dense[0]!r}); make it anew"
+        )
     for degree in range(1, max_degree + 1):
         expected = (len(relative_pos), degree_to_dim(degree), degree_to_dim(degree))
         shape = tuple(basis[str(degree)].shape) if str(degree) in basis else None

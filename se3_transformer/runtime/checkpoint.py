@@ -10,8 +10,10 @@ from pathlib import Path
 
 import torch
 
+from se3_transformer.runtime.script import UserError
 
-class CheckpointError(Exception):
+
+class CheckpointError(UserError):
     """A checkpoint that cannot be used; the message names the file and what is wrong with it."""
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from se3_transformer.runtime.files import RunFiles, exclusive
 
 
 @contextmanager
@@ -82,6 +84,27 @@ def any_process(flag: bool, device: torch.device) -> bool:
     if not dist.is_initialized():
         return flag
     return bool(sum_over_processes(torch.tensor(float(flag), device=device)) > 0)
+
+
+@contextmanager
+def exclusive_run(files: RunFiles, device: torch.device) -> Iterator[None]:
+    """Hold a run, its state and its log, for all processes together.
+
+    Raises:
+        BlockingIOError: other processes hold them; raised by the main process, the others end quietly.
+    """
+    with ExitStack() as held:
+        error = None
+        if is_main():
+            problem = "another process is at this run; wait until it has ended, or take another --run_name"
+            try:
+                for path in (files.last, files.log):
+                    held.enter_context(exclusive(path, problem))
+            except BlockingIOError as raised:
+                error = raised
+        if any_process(error is not None, device):
+            raise error or SystemExit(1)
+        yield
 
 
 def gather_shares(share: Tensor, total: int) -> Tensor:

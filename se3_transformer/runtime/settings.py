@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import linecache
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -36,7 +38,8 @@ def parse_settings(
             flag.
         presets: settings by name of preset; a preset may only name settings that are in `defaults`.
         description: help text, the docstring of the script.
-        check: raises ValueError for values that make no sense.
+        check: raises ValueError for values that make no sense. In the file where it is defined, the comment at the end
+            of a line `key=default,  # comment` is the help text of the flag.
         args: command line, that of the process by default.
 
     Exits with status 2 and a message for an unknown flag or a value that does not fit.
@@ -44,14 +47,18 @@ def parse_settings(
     parser = SettingsParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
+    source = "".join(linecache.getlines(check.__code__.co_filename)).replace("%", "%%")
+    sentences = dict(re.findall(r"^ +(\w+)=.*,  # (.*)$", source, re.MULTILINE))
     if presets:
-        parser.add_argument("--preset", choices=list(presets), default=defaults["preset"])
+        parser.add_argument("--preset", choices=list(presets), default=defaults["preset"], help=sentences.get("preset"))
     for key, default in defaults.items():
         if key == "preset":
             continue
         kind = _parse_bool if isinstance(default, bool) else type(default)
+        by_preset = "".join(f", {name}: {preset[key]}" for name, preset in presets.items() if key in preset)
+        sentence = f"{sentences.get(key, '')} (default {default or repr(default)}{by_preset})"
         parser.add_argument(
-            f"--{key}", type=kind, default=argparse.SUPPRESS, metavar=type(default).__name__, help=f"default {default}"
+            f"--{key}", type=kind, default=argparse.SUPPRESS, metavar=type(default).__name__, help=sentence
         )
     given = vars(parser.parse_args(args))
     preset = presets[given["preset"]] if presets else {}
@@ -70,6 +77,12 @@ def require(settings: Mapping[str, object], lowest: Mapping[str, float]) -> None
     for key, low in lowest.items():
         if not low <= settings[key] < float("inf"):
             raise ValueError(f"{key} must be at least {low}, got {settings[key]}")
+
+
+def require_seed(settings: Mapping[str, object], key: str) -> None:
+    """Raise ValueError unless a setting can start all random generators, NumPy's included."""
+    if not 0 <= settings[key] < 2**32:
+        raise ValueError(f"{key} must be in 0 … 2^32 - 1, got {settings[key]}")
 
 
 def require_file_name(settings: Mapping[str, object], key: str) -> None:

@@ -35,7 +35,8 @@ from se3_transformer.runtime.distributed import (
     world_size,
 )
 from se3_transformer.runtime.log import RunLog
-from se3_transformer.runtime.settings import require
+from se3_transformer.runtime.script import Stopped, UserError
+from se3_transformer.runtime.settings import require, require_seed
 
 PRECISIONS = {  # what products are computed in; weights and sums stay float32
     "float32": None,
@@ -65,7 +66,9 @@ class Task(Protocol):
         """
 
     def load(self, examples: Tensor) -> Any:
-        """The batch with these rows, with a method `to(device, non_blocking)`."""
+        """The batch with these rows, with the method `to(device, non_blocking)`; where it lies on the CPU and goes to a
+        GPU, `pin_memory()` is called first, if there is such a method.
+        """
 
     def loss(self, model: nn.Module, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
         """Mean loss over the examples of a batch, and further means to log."""
@@ -80,11 +83,11 @@ class Task(Protocol):
         """Figures to record after each validation, by name; the main process alone is asked."""
 
 
-class NonFiniteLoss(RuntimeError):
+class NonFiniteLoss(UserError):
     """Loss or gradient is NaN or infinite; the message says where, and which saved state comes before that step."""
 
 
-class OutOfTime(Exception):
+class OutOfTime(Stopped):
     """The time that the run was given is over; its state is saved."""
 
 
@@ -120,7 +123,8 @@ class Trainer:
         workers: processes that load batches; 0: this one.
         log_every: steps between two records; on a GPU also between two looks at whether the loss is finite.
         save_every: save the state after this many steps too, not only after every epoch; 0: do not.
-        max_minutes: stop after this time, with the state saved; 0: no limit.
+        deadline: `time.monotonic()` at which to stop, with the state saved. A validation that would end later, judging
+            from the one before it, is left to the next time.
 
     Raises:
         CheckpointError: the saved state cannot be read, or was made with other settings.
@@ -139,13 +143,13 @@ class Trainer:
         workers: int = 0,
         log_every: int = 50,
         save_every: int = 0,
-        max_minutes: float = 0,
+        deadline: float = math.inf,
     ):
         self.device = torch.device(device)
         self.model, self.task, self.settings = model.to(self.device), task, dict(settings)
         self.last_path, self.best_path, self.describe = Path(last_path), Path(best_path), describe
         self.workers, self.log_every, self.save_every = workers, log_every, save_every
-        self.deadline = time.monotonic() + 60 * max_minutes if max_minutes else math.inf
+        self.deadline, self._validation_seconds = deadline, 0.0
         s = self.settings
         self.steps_per_epoch = len(task.batches(0))
         decayed = [p for p in model.parameters() if p.ndim > 1]
@@ -241,8 +245,7 @@ class Trainer:
             if self._may_stop_now():
                 if any_process(interrupted.is_set(), self.device):
                     raise KeyboardInterrupt
-                if any_process(time.monotonic() > self.deadline, self.device):
-                    raise OutOfTime
+                self._stop_if_late()
             self._step(index, parts)
             self.step_in_epoch += 1
             self.facts.examples += len(batches[index])
@@ -263,6 +266,7 @@ class Trainer:
             sampler=[examples for parts in plan for examples, _ in parts],
             batch_size=None,
             num_workers=self.workers,
+            pin_memory=self.device.type == "cuda",
             generator=torch.Generator(),  # or each loader would draw from the generator whose state is saved
         )
         loaded = iter(loader)
@@ -342,6 +346,11 @@ class Trainer:
         """Whether to look if the run shall end here: asking other processes or a GPU takes time."""
         return (self.device.type == "cpu" and world_size() == 1) or self.step % self.log_every == 0
 
+    def _stop_if_late(self, needed: float = 0.0) -> None:
+        """Raise OutOfTime if less than so many seconds are left."""
+        if any_process(time.monotonic() + needed > self.deadline, self.device):
+            raise OutOfTime("out of time: the same command goes on")
+
     def _log_window(self) -> None:
         """Record the means since the last record."""
         if self.log is not None and self.window:
@@ -356,6 +365,7 @@ class Trainer:
         facts["learning_rate"] = self.scheduler.get_last_lr()[0]
         errors = {}
         if epoch % self.settings["validate_every"] == 0 or epoch == self.settings["epochs"]:
+            self._stop_if_late(self._validation_seconds)
             errors = self._validate(epoch)
         self.epoch, self.step_in_epoch, self.facts = epoch, 0, _EpochFacts()
         self.history.append({"epoch": epoch, **facts, **{f"val_{k}": v for k, v in errors.items()}})
@@ -372,8 +382,10 @@ class Trainer:
 
     @torch.no_grad()
     def _validate(self, epoch: int) -> dict[str, float]:
+        began = time.monotonic()
         self.evaluated_model.eval()
         errors = self.task.validate(self.evaluated_model)
+        self._validation_seconds = time.monotonic() - began
         if not math.isfinite(errors["selection"]):
             raise NonFiniteLoss(f"the validation error after epoch {epoch} is {errors}; lower learning_rate")
         return errors
@@ -508,7 +520,8 @@ def deferred_interrupt() -> Iterator[Event]:
 def check_training_settings(settings: Mapping[str, Any]) -> None:
     """Raise ValueError unless the settings that a `Trainer` knows make sense."""
     require(settings, dict.fromkeys(("epochs", "batch_size", "accumulate", "validate_every", "log_every"), 1))
-    not_negative = ("warmup_steps", "final_learning_rate", "weight_decay", "seed", "threads", "workers")
+    require_seed(settings, "seed")
+    not_negative = ("warmup_steps", "final_learning_rate", "weight_decay", "threads", "workers")
     require(settings, dict.fromkeys((*not_negative, "save_every", "max_minutes"), 0))
     for key in ("learning_rate", "max_grad_norm"):
         if not 0 < settings[key] < math.inf:

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from se3_transformer.model.fiber import Fiber, degree_to_dim
 from se3_transformer.model.graph import Graph, as_graph
 from se3_transformer.model.layers.convolution import ConvSE3, ConvSE3FuseLevel
 from se3_transformer.model.layers.linear import LinearSE3
+from se3_transformer.model.layers.relative_position import RelativePosition
+from se3_transformer.model.layers.self_interaction import SELF_INTERACTIONS, SelfInteraction
+from se3_transformer.model.options import check_choice
 from se3_transformer.model.segment import gather_rows, segment_softmax, segment_sum
+
+Skip = Literal["cat", "sum"]
 
 
 class AttentionSE3(nn.Module):
@@ -71,14 +79,20 @@ class AttentionSE3(nn.Module):
 
 
 class AttentionBlockSE3(nn.Module):
-    """Keys and values from one convolution, queries from a linear map, attention, projection of concat(values, inputs).
+    """Keys and values from one convolution, queries from a linear map, attention, self-interaction, skip connection.
 
     Args:
         fiber_in, fiber_out: fibers of input and output.
         fiber_edge: fiber of the edge features without the distance.
         num_heads: attention heads.
         channels_div: values and keys have the channels of fiber_out divided by this.
-        use_layer_norm, max_degree, fuse_level, low_memory: see `ConvSE3`.
+        use_layer_norm, max_degree, fuse_level, low_memory, relative_pos: see `ConvSE3`.
+        skip: how the inputs reach the output. 'cat': the self-interaction mixes concat(values, inputs); 'sum': it mixes
+            the values, and the inputs are added to the first channels of each degree.
+        self_interaction: 'linear' (`LinearSE3`) or 'attentive' (`AttentiveSelfInteractionSE3`).
+
+    Raises:
+        ValueError: fibers, heads and channels that do not fit each other, or an unknown option.
     """
 
     def __init__(
@@ -92,6 +106,10 @@ class AttentionBlockSE3(nn.Module):
         max_degree: int = 4,
         fuse_level: ConvSE3FuseLevel = ConvSE3FuseLevel.FULL,
         low_memory: bool = False,
+        *,
+        relative_pos: RelativePosition | None = None,
+        skip: Skip = "cat",
+        self_interaction: SelfInteraction = "linear",
     ):
         super().__init__()
         if num_heads < 1 or channels_div < 1:
@@ -101,7 +119,14 @@ class AttentionBlockSE3(nn.Module):
                 raise ValueError(
                     f"attention: {channels} channels of degree {degree} leave none if divided by {channels_div}"
                 )
-        self.fiber_in = fiber_in
+            if skip == "sum" and fiber_in[degree] > channels:
+                raise ValueError(
+                    f"attention: with skip 'sum' the {fiber_in[degree]} input channels of degree {degree} must be at "
+                    f"most as many as the output's, {channels}; use 'cat'"
+                )
+        check_choice("skip", skip, ("cat", "sum"))
+        check_choice("self_interaction", self_interaction, SELF_INTERACTIONS)
+        self.fiber_in, self.skip = fiber_in, skip
         self.value_fiber = Fiber([(degree, channels // channels_div) for degree, channels in fiber_out])
         self.key_query_fiber = Fiber([(degree, c) for degree, c in self.value_fiber if degree in fiber_in])
         if not self.key_query_fiber.degrees:
@@ -118,9 +143,11 @@ class AttentionBlockSE3(nn.Module):
             fuse_level=fuse_level,
             allow_fused_output=uniform and self.value_fiber.structure == self.key_query_fiber.structure,
             low_memory=low_memory,
+            relative_pos=relative_pos,
         )
         self.to_query = LinearSE3(fiber_in, self.key_query_fiber)
-        self.project = LinearSE3(self.value_fiber + fiber_in, fiber_out)
+        fiber_mixed = self.value_fiber + fiber_in if skip == "cat" else self.value_fiber
+        self.project = SELF_INTERACTIONS[self_interaction](fiber_mixed, fiber_out)
 
     def forward(
         self,
@@ -143,8 +170,25 @@ class AttentionBlockSE3(nn.Module):
             }
         query = self.to_query(node_features)
         attended = self.attention(value, key, query, graph)
-        residual = {
-            degree: torch.cat([attended[degree], node_features[degree]], dim=1) if degree in self.fiber_in else feature
-            for degree, feature in attended.items()
-        }
-        return self.project(residual)
+        inputs = {str(degree): node_features[str(degree)] for degree in self.fiber_in.degrees}
+        if self.skip == "cat":
+            return self.project(cat_features(attended, inputs))
+        return add_features(self.project(attended), inputs)
+
+
+def cat_features(features: dict[str, Tensor], others: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Channels of `features`, then those of `others` where these have the degree."""
+    return {
+        degree: torch.cat([feature, others[degree]], dim=1) if degree in others else feature
+        for degree, feature in features.items()
+    }
+
+
+def add_features(features: dict[str, Tensor], others: dict[str, Tensor]) -> dict[str, Tensor]:
+    """`others` added to the first channels of `features`, where both have the degree."""
+    return {
+        degree: feature + pad(others[degree], (0, 0, 0, feature.shape[1] - others[degree].shape[1]))
+        if degree in others
+        else feature
+        for degree, feature in features.items()
+    }

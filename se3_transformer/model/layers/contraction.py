@@ -17,10 +17,14 @@ the backward pass makes them again from x and hidden, which are small.
 
 from __future__ import annotations
 
+import ctypes
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
+
+from se3_transformer.model.layers import native
 
 # Bytes of the intermediate of one chunk of edges, by type of device: a cache's worth on a CPU, enough for one big
 # product on a GPU.
@@ -155,7 +159,7 @@ class RadialWeightsFirst(Contraction):
 
     @staticmethod
     def matrix(weight):
-        return weight.permute(3, 4, 0, 1, 2, 5).flatten(0, 4)
+        return _by_input(weight).flatten(0, 4)
 
     @staticmethod
     def plain(x, hidden, matrix):
@@ -188,7 +192,7 @@ def contract(order: type[Contraction], x: Tensor, hidden: Tensor, weight: Tensor
     Args:
         order: order of contraction.
         x: (E, S, N_in) features of +m and -m, N_in = ins · C_in.
-        hidden: (E, H)
+        hidden: (E, H), or for `RadialWeightsFirst` a row for every so many edges, which then share radial weights.
         weight: (P, outs, C_out, ins, C_in, H), parts A and B.
 
     Returns:
@@ -197,13 +201,15 @@ def contract(order: type[Contraction], x: Tensor, hidden: Tensor, weight: Tensor
     device = x.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
     x, hidden, matrix = x.to(dtype), hidden.to(dtype), order.matrix(weight.to(dtype))
-    n_out = weight.shape[1:3].numel()
+    E, S, n_out = *x.shape[:2], weight.shape[1:3].numel()
     with torch.autocast(device, enabled=False):
-        if len(weight) == 1:
-            return _Chunked.apply(order, x, hidden, matrix, n_out)
-        if order.stacks_features:
-            return _Chunked.apply(order, torch.cat([x, _quarter_turn(x)], dim=2), hidden, matrix, n_out)
-        ax, bx = _Chunked.apply(order, x, hidden, matrix, 2 * n_out).unflatten(2, (2, n_out)).unbind(2)
+        if len(weight) == 2 and order.stacks_features:
+            x = torch.cat([x, _quarter_turn(x)], dim=2)
+        if len(hidden) < E:  # edges that share radial weights are as one edge with more rows
+            x = x.reshape(len(hidden), -1, x.shape[2])
+        if len(weight) == 1 or order.stacks_features:
+            return _Chunked.apply(order, x, hidden, matrix, n_out).view(E, S, n_out)
+        ax, bx = _Chunked.apply(order, x, hidden, matrix, 2 * n_out).view(E, S, 2, n_out).unbind(2)
         return ax + _quarter_turn(bx)
 
 
@@ -211,6 +217,89 @@ def _quarter_turn(x: Tensor) -> Tensor:
     """(x+, x-) -> (-x-, x+), (E, 2, C)."""
     plus, minus = x.unbind(1)
     return torch.stack([-minus, plus], dim=1)
+
+
+def contract_natively(
+    terms: ctypes.Array,
+    x: list[Tensor],
+    hidden: Tensor,
+    weights: list[Tensor],
+    row_shapes: list[tuple[int, int]],
+    by_torch: Callable[[list[Tensor], Tensor, list[Tensor]], list[Tensor]],
+) -> list[Tensor]:
+    """All products of a convolution at once, by `convolution.c`, in single precision.
+
+    Args:
+        terms: see `native.terms`.
+        x: (E, rows, C_in) of each group of degrees in.
+        hidden: (E / share, R, H)
+        weights: (P, outs, C_out, ins, C_in, H) of each term.
+        row_shapes: (rows, C_out) of each group of degrees out.
+        by_torch: the same function of x, hidden, weights, that can be differentiated more than once.
+
+    Returns:
+        (E, rows, C_out) of each group, in the dtype of x.
+    """
+    dtype, shapes = x[0].dtype, [_by_input(weight).shape for weight in weights]
+
+    def same(hidden: Tensor, matrices: Tensor, *x: Tensor) -> list[Tensor]:
+        return by_torch(list(x), hidden, _unpacked(matrices, shapes))
+
+    with torch.autocast("cpu", enabled=False):
+        matrices = _Packed.apply(*(weight.float() for weight in weights))
+        tensors = [tensor.float().contiguous() for tensor in (hidden, matrices, *x)]
+        return [out.to(dtype) for out in _Native.apply(terms, row_shapes, same, *tensors)]
+
+
+class _Native(torch.autograd.Function):
+    """`convolution.c`."""
+
+    @staticmethod
+    def forward(ctx, terms, row_shapes: list, same: Callable, hidden: Tensor, matrices: Tensor, *x: Tensor):
+        ctx.terms, ctx.same = terms, same
+        ctx.save_for_backward(hidden, matrices, *x)
+        out = [hidden.new_zeros(len(x[0]), *shape) for shape in row_shapes]
+        native.contraction_forward(terms, list(x), hidden, matrices, out)
+        return tuple(out)
+
+    @staticmethod
+    def backward(ctx, *grad: Tensor):
+        hidden, matrices, *x = ctx.saved_tensors
+        wanted = ctx.needs_input_grad[3:]
+        if torch.is_grad_enabled():  # for second derivatives
+            return None, None, None, *native.differentiable_gradients(ctx.same, (hidden, matrices, *x), wanted, grad)
+        grad_x = [torch.zeros_like(rows) for rows in x] if any(wanted[2:]) else None
+        grad_hidden, grad_matrices = torch.zeros_like(hidden), torch.empty_like(matrices)
+        grad = [of_rows.contiguous() for of_rows in grad]
+        native.contraction_backward(ctx.terms, x, hidden, matrices, grad, grad_x, grad_hidden, grad_matrices)
+        return None, None, None, grad_hidden, grad_matrices, *(grad_x or [None] * len(x))
+
+
+class _Packed(torch.autograd.Function):
+    """The matrices of `RadialWeightsFirst` of all weights, one after the other, as one vector."""
+
+    @staticmethod
+    def forward(ctx, *weights: Tensor):
+        ctx.shapes = [_by_input(weight).shape for weight in weights]
+        matrices = weights[0].new_empty(sum(weight.numel() for weight in weights))
+        for part, weight in zip(_unpacked(matrices, ctx.shapes), weights, strict=True):
+            part.copy_(weight)
+        return matrices
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return tuple(_unpacked(grad, ctx.shapes))
+
+
+def _by_input(weight: Tensor) -> Tensor:
+    """(P, outs, C_out, ins, C_in, H) -> (ins, C_in, P, outs, C_out, H), the order of `RadialWeightsFirst`."""
+    return weight.permute(3, 4, 0, 1, 2, 5)
+
+
+def _unpacked(matrices: Tensor, shapes: list[torch.Size]) -> list[Tensor]:
+    """Views of a vector as weights (P, outs, C_out, ins, C_in, H), from their shapes ordered as `_by_input`."""
+    parts = zip(matrices.split([shape.numel() for shape in shapes]), shapes, strict=True)
+    return [part.view(shape).permute(2, 3, 4, 0, 1, 5) for part, shape in parts]
 
 
 class _Chunked(torch.autograd.Function):
@@ -230,10 +319,12 @@ class _Chunked(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor):
         x, hidden, matrix = ctx.saved_tensors
-        if torch.is_grad_enabled():  # for second derivatives, through the definition
-            wanted = [t for t, needed in zip((x, hidden, matrix), ctx.needs_input_grad[1:4], strict=True) if needed]
-            grads = iter(torch.autograd.grad(ctx.order.plain(x, hidden, matrix), wanted, grad, create_graph=True))
-            return None, *(next(grads) if needed else None for needed in ctx.needs_input_grad[1:4]), None
+        if torch.is_grad_enabled():  # for second derivatives
+            return (
+                None,
+                *native.differentiable_gradients(ctx.order.plain, (x, hidden, matrix), ctx.needs_input_grad[1:4], grad),
+                None,
+            )
 
         grad = grad.contiguous()
         grad_x = torch.empty_like(x, memory_format=torch.contiguous_format) if ctx.needs_input_grad[1] else None

@@ -16,21 +16,41 @@ from __future__ import annotations
 from enum import Enum
 from functools import cache
 from itertools import product
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from se3_transformer.model.basis import ZERO_LENGTH, frame_kernels, frame_matrix, split_orders
+from se3_transformer.model.basis import ZERO_LENGTH, ForwardBasis, frame_kernels, frame_matrix, split_orders
 from se3_transformer.model.fiber import Fiber, degree_to_dim
 from se3_transformer.model.graph import Graph, as_graph
-from se3_transformer.model.layers.contraction import ORDERS, Contraction, contract
+from se3_transformer.model.layers import native
+from se3_transformer.model.layers.contraction import (
+    ORDERS,
+    Contraction,
+    RadialWeightsFirst,
+    contract,
+    contract_natively,
+)
 from se3_transformer.model.layers.linear import mix_channels
-from se3_transformer.model.segment import gather_rows, segment_sum
+from se3_transformer.model.layers.radial import RadialProfile, hidden_layers
+from se3_transformer.model.layers.relative_position import RELATIVE_POSITIONS, RelativePosition, cat_relative_pos
+from se3_transformer.model.layers.self_interaction import (
+    SELF_INTERACTIONS,
+    AttentiveSelfInteractionSE3,
+    SelfInteraction,
+)
+from se3_transformer.model.options import check_choice
+from se3_transformer.model.segment import gather_rows, segment_mean, segment_sum
 
 # A convolution over more edges than this works in chunks that the backward pass computes again, so that what is kept
 # per edge is its message alone; with low_memory over more than the second number.
 MAX_EDGES, MAX_EDGES_LOW_MEMORY = 16384, 1024
+
+SelfInteractionPer = Literal["edge", "node"]
+Aggregation = Literal["sum", "mean"]
+AGGREGATIONS = {"sum": segment_sum, "mean": segment_mean}
 
 
 class ConvSE3FuseLevel(Enum):
@@ -39,47 +59,6 @@ class ConvSE3FuseLevel(Enum):
     FULL = 2
     PARTIAL = 1
     NONE = 0
-
-
-class RadialProfile(nn.Module):
-    """Radial network: edge scalars (E, edge_dim) -> radial weights (E, channels_out · channels_in · num_freq)."""
-
-    def __init__(
-        self,
-        num_freq: int,
-        channels_in: int,
-        channels_out: int,
-        edge_dim: int = 1,
-        mid_dim: int = 32,
-        use_layer_norm: bool = False,
-    ):
-        super().__init__()
-        self.num_freq, self.channels_in, self.channels_out = num_freq, channels_in, channels_out
-
-        def norm() -> list[nn.Module]:
-            return [nn.LayerNorm(mid_dim)] if use_layer_norm else []
-
-        self.net = nn.Sequential(
-            nn.Linear(edge_dim, mid_dim),
-            *norm(),
-            nn.ReLU(),
-            nn.Linear(mid_dim, mid_dim),
-            *norm(),
-            nn.ReLU(),
-            nn.Linear(mid_dim, num_freq * channels_in * channels_out, bias=False),
-        )
-
-    def hidden(self, edge_scalars: Tensor) -> Tensor:
-        """(E, edge_dim) -> (E, H) the last hidden layer."""
-        return self.net[:-1](edge_scalars)
-
-    @property
-    def last_weight(self) -> Tensor:
-        """(C_out, C_in, F, H) weight that makes the radial weights from the hidden layer."""
-        return self.net[-1].weight.unflatten(0, (self.channels_out, self.channels_in, self.num_freq))
-
-    def forward(self, edge_scalars: Tensor) -> Tensor:
-        return self.net(edge_scalars)
 
 
 class VersatileConvSE3(nn.Module):
@@ -116,15 +95,15 @@ class VersatileConvSE3(nn.Module):
         weight = self.radial_func.last_weight  # (C_out, C_in, F, H)
         mixture = frame_mixture(self.degrees_in, self.degrees_out, self.unit_scalar_kernel, weight.dtype, weight.device)
         mixed = mixture @ weight  # (C_out, C_in, F, H)
-        weights, start = [], 0
+        counts = []  # (parts, outs, ins) of every order
         for order in range(min(max(self.degrees_in), max(self.degrees_out)) + 1):
             outs = sum(degree >= order for degree in self.degrees_out)
             ins = sum(degree >= order for degree in self.degrees_in)
-            parts = 1 if order == 0 else 2
-            rows = mixed[:, :, start : start + parts * outs * ins].unflatten(2, (parts, outs, ins))
-            weights.append(rows.permute(2, 3, 0, 4, 1, 5))
-            start += parts * outs * ins
-        return weights
+            counts.append((1 if order == 0 else 2, outs, ins))
+        by_order = mixed.split([parts * outs * ins for parts, outs, ins in counts], dim=2)
+        return [
+            rows.unflatten(2, count).permute(2, 3, 0, 4, 1, 5) for rows, count in zip(by_order, counts, strict=True)
+        ]
 
     def isotropic_weight(self, degree: int) -> Tensor:
         """(C_out, C_in, H) weight of the path J = 0 from `degree` to itself, the only one of an edge of length zero."""
@@ -200,12 +179,21 @@ class ConvSE3(nn.Module):
             goes into the radial networks; degrees l > 0 are concatenated to the channels of the source node.
         pool: sum over the incoming edges of each node, giving node features; otherwise edge features.
         use_layer_norm: layer norm in the radial networks.
-        self_interaction: add a learned linear map of the receiving node's features to every incoming edge.
+        self_interaction: add a map of the receiving node's features: 'linear' (or True), or 'attentive' for
+            `AttentiveSelfInteractionSE3`.
         max_degree: highest degree of the network; radial networks are shared only where all degrees up to it are there.
         fuse_level: how far radial networks may be shared.
         allow_fused_output: where all output degrees have the same number of channels, and neither `pool` nor
             `self_interaction` is on, return one tensor (E, C_out, sum of 2l+1) instead of one for each degree.
         low_memory: always work in small chunks of edges that the backward pass computes again.
+        relative_pos: the vector `graph.rel_pos` among the source features. 'cat': as one more channel of degree 1;
+            'add': added to the first channel of degree 1, or as the only one where the source has none.
+        aggregation: how `pool` takes the incoming edges together, 'sum' or 'mean'.
+        self_interaction_per: 'edge' adds it to every incoming edge, so that its share depends on their number; 'node'
+            adds it once to each node, those without incoming edges included.
+
+    Raises:
+        ValueError: nothing to convolve, or an option that is unknown or does not fit the others.
     """
 
     def __init__(
@@ -214,15 +202,31 @@ class ConvSE3(nn.Module):
         fiber_out: Fiber,
         fiber_edge: Fiber | None = None,
         pool: bool = True,
-        use_layer_norm: bool = True,
-        self_interaction: bool = False,
+        use_layer_norm: bool = False,
+        self_interaction: bool | SelfInteraction = False,
         max_degree: int = 4,
         fuse_level: ConvSE3FuseLevel = ConvSE3FuseLevel.FULL,
         allow_fused_output: bool = False,
         low_memory: bool = False,
+        *,
+        relative_pos: RelativePosition | None = None,
+        aggregation: Aggregation = "sum",
+        self_interaction_per: SelfInteractionPer = "edge",
     ):
         super().__init__()
         fiber_edge = Fiber({}) if fiber_edge is None else fiber_edge
+        check_choice("self_interaction", self_interaction, (False, True, *SELF_INTERACTIONS))
+        check_choice("relative_pos", relative_pos, RELATIVE_POSITIONS)
+        check_choice("aggregation", aggregation, AGGREGATIONS)
+        check_choice("self_interaction_per", self_interaction_per, ("edge", "node"))
+        if aggregation == "mean" and not pool:
+            raise ValueError("aggregation: 'mean' is over the incoming edges of a node, which needs pool")
+        if self_interaction_per == "node" and not (pool and self_interaction):
+            raise ValueError("self_interaction_per: 'node' needs pool and a self_interaction")
+        self.aggregate, self.self_interaction_per = AGGREGATIONS[aggregation], self_interaction_per
+        self.sources = RELATIVE_POSITIONS[relative_pos]
+        if relative_pos == "cat" or (relative_pos == "add" and 1 not in fiber_in):
+            self.sources, fiber_edge = cat_relative_pos, fiber_edge + Fiber({1: 1})
         self.pool, self.self_interaction, self.low_memory = pool, self_interaction, low_memory
         self.fiber_in, self.fiber_out, self.fiber_edge, self.max_degree = fiber_in, fiber_out, fiber_edge, max_degree
         # Channels that are convolved: those of the source node, then those of the edge.
@@ -268,7 +272,9 @@ class ConvSE3(nn.Module):
         self._groups_in = group_by_value(dict(self.fiber_source.structure))
         self._groups_out = group_by_value(dict(fiber_out.structure))
         self.fused_output = allow_fused_output and not pool and not self_interaction and len(self._groups_out) == 1
-        if self_interaction:
+        if self_interaction == "attentive":
+            self.to_kernel_self = AttentiveSelfInteractionSE3(fiber_in, fiber_out)
+        elif self_interaction:
             self.to_kernel_self = nn.ParameterDict(
                 {
                     str(degree): nn.Parameter(torch.randn(channels, fiber_in[degree]) / fiber_in[degree] ** 0.5)
@@ -292,30 +298,40 @@ class ConvSE3(nn.Module):
             {'l': (N, C_out, 2l+1)}, or with E rows if not `pool`; see also `allow_fused_output`.
         """
         graph = as_graph(graph)
-        groups = self._convolve(node_feats, edge_feats, graph.src, basis)
+        source_feats, edge_feats, src = self.sources(node_feats, edge_feats, graph)
+        groups = self._convolve(source_feats, edge_feats, src, basis)
         if self.fused_output and ZERO_LENGTH not in basis:
             return groups[0]
         out: dict[int, Tensor] = {}
         for degrees, group in zip(self._groups_out, groups, strict=True):
             out.update(zip(degrees, group.split([degree_to_dim(degree) for degree in degrees], dim=2), strict=True))
         if ZERO_LENGTH in basis:
-            out = self._add_isotropic(out, node_feats, edge_feats, graph.src, basis[ZERO_LENGTH])
+            out = self._add_isotropic(out, source_feats, edge_feats, src, basis[ZERO_LENGTH])
         if self.fused_output:
             return torch.cat([out[degree] for degree in self.fiber_out.degrees], dim=2)
         out = {str(degree): out[degree] for degree in self.fiber_out.degrees}
-        if self.self_interaction:
-            for degree, kernel in self.to_kernel_self.items():
-                out[degree] = out[degree] + gather_rows(mix_channels(kernel, node_feats[degree]), graph.dst)
+        own = self._self_interaction(node_feats) if self.self_interaction else {}
+        if self.self_interaction_per == "edge":
+            out |= {degree: out[degree] + gather_rows(feature, graph.dst) for degree, feature in own.items()}
         if self.pool:
-            out = {degree: segment_sum(feature, graph.dst, graph.num_nodes) for degree, feature in out.items()}
+            out = {degree: self.aggregate(feature, graph.dst, graph.num_nodes) for degree, feature in out.items()}
+        if self.self_interaction_per == "node":
+            out |= {degree: out[degree] + feature for degree, feature in own.items()}
         return out
+
+    def _self_interaction(self, node_feats: dict[str, Tensor]) -> dict[str, Tensor]:
+        """{'l': (N, C_out, 2l+1)} of the degrees that go in and out."""
+        if isinstance(self.to_kernel_self, AttentiveSelfInteractionSE3):
+            return self.to_kernel_self(node_feats)
+        return {degree: mix_channels(kernel, node_feats[degree]) for degree, kernel in self.to_kernel_self.items()}
 
     def _convolve(
         self, node_feats: dict[str, Tensor], edge_feats: dict[str, Tensor], src: Tensor, basis: dict[str, Tensor]
     ) -> list[Tensor]:
         """Messages (E, C_out, sum of 2l+1) of each group of output degrees, in chunks of edges if there are many."""
-        weights = [rectangle.frame_weights() for rectangle in self._rectangles]
+        weights = [weight for rectangle in self._rectangles for weight in rectangle.frame_weights()]
         frames = {degrees: frame_matrix(basis, degrees) for degrees in {*self._groups_in, *self._groups_out}}
+        share = 2 if isinstance(basis, ForwardBasis) and basis.in_pairs else 1
 
         def messages(edges: slice) -> list[Tensor]:
             return self._messages(
@@ -324,9 +340,11 @@ class ConvSE3(nn.Module):
                 src[edges],
                 {degrees: frame[edges] for degrees, frame in frames.items()},
                 weights,
+                share,
             )
 
         chunk = MAX_EDGES_LOW_MEMORY if self.low_memory else MAX_EDGES
+        chunk = max(chunk - chunk % share, share)
         if len(src) <= chunk:
             return messages(slice(None))
         edges = [slice(start, start + chunk) for start in range(0, len(src), chunk)]
@@ -360,32 +378,61 @@ class ConvSE3(nn.Module):
         edge_feats: dict[str, Tensor],
         src: Tensor,
         frames: dict[tuple[int, ...], Tensor],
-        weights: list[list[Tensor]],
+        weights: list[Tensor],
+        share: int,
     ) -> list[Tensor]:
-        """What `_convolve` returns, for a chunk of edges: gather, rotate, contract order by order, rotate back."""
-        x: dict[tuple, Tensor] = {}  # (degrees, m) -> (E, S, N_in), S = 1 for m = 0, else (+m, -m)
-        for degrees in self._groups_in:
-            rows = self._source_features(node_feats, edge_feats, src, degrees)
-            for order, by_degree in enumerate(split_orders(frames[degrees] @ rows, degrees)):  # (E, S, degrees >= m, C)
-                x[degrees, order] = by_degree.flatten(2)
+        """What `_convolve` returns, for a chunk of edges: gather, rotate, contract order by order, rotate back.
+
+        Of every `share` edges one after the other, the edge scalars are the same.
+        """
+        x = [frames[d] @ self._source_features(node_feats, edge_feats, src, d) for d in self._groups_in]
+        hidden = hidden_layers([r.radial_func for r in self._rectangles], edge_feats["0"].squeeze(-1)[::share])
+        z = (
+            self._contract_natively(x, hidden, weights)
+            if native.fits(x[0], hidden.shape[2])
+            else self._contract(x, hidden, weights)
+        )
+        return [rows.transpose(1, 2) @ frames[degrees] for rows, degrees in zip(z, self._groups_out, strict=True)]
+
+    def _contract_natively(self, x: list[Tensor], hidden: Tensor, weights: list[Tensor]) -> list[Tensor]:
+        """`_contract`, by compiled code."""
+        groups_in = tuple((degrees, self.fiber_source[degrees[0]]) for degrees in self._groups_in)
+        groups_out = tuple((degrees, self.fiber_out[degrees[0]]) for degrees in self._groups_out)
+        terms = native.terms(tuple((r.degrees_in, r.degrees_out) for r in self._rectangles), groups_in, groups_out)
+        row_shapes = [(sum(map(degree_to_dim, degrees)), channels) for degrees, channels in groups_out]
+        return contract_natively(terms, x, hidden, weights, row_shapes, self._contract)
+
+    def _contract(self, x: list[Tensor], hidden: Tensor, weights: list[Tensor]) -> list[Tensor]:
+        """All products of the convolution in the edge frame, order by order.
+
+        Args:
+            x: (E, rows, C_in) of each group of input degrees, rows as in `split_orders`.
+            hidden: (E / share, R, H) last hidden layers of the radial networks.
+            weights: `frame_weights` of one radial network after the other.
+
+        Returns:
+            (E, rows, C_out) of each group of output degrees.
+        """
+        inputs: dict[tuple, Tensor] = {}  # (degrees, m) -> (E, S, N_in), S = 1 for m = 0, else (+m, -m)
+        for degrees, rows in zip(self._groups_in, x, strict=True):
+            for order, by_degree in enumerate(split_orders(rows, degrees)):  # (E, S, degrees >= m, C)
+                inputs[degrees, order] = by_degree.flatten(2)
                 if len(degrees) > 1:
                     at_least = [degree for degree in degrees if degree >= order]
-                    x.update({((d,), order): part for d, part in zip(at_least, by_degree.unbind(2), strict=True)})
+                    inputs.update({((d,), order): part for d, part in zip(at_least, by_degree.unbind(2), strict=True)})
 
         z: dict[tuple, Tensor] = {}  # (degrees, m) -> (E, S, N_out)
-        scalars = edge_feats["0"].squeeze(-1)
-        for rectangle, rectangle_weights in zip(self._rectangles, weights, strict=True):
-            hidden = rectangle.radial_func.hidden(scalars)
-            for order, weight in enumerate(rectangle_weights):
-                product = contract(rectangle.order, x[rectangle.degrees_in, order], hidden, weight)  # (E, S, N_out)
+        weights = iter(weights)
+        for rectangle, h in zip(self._rectangles, hidden.unbind(1), strict=True):
+            contraction = RadialWeightsFirst if len(hidden) < len(x[0]) else rectangle.order
+            for order in range(min(max(rectangle.degrees_in), max(rectangle.degrees_out)) + 1):
+                product = contract(contraction, inputs[rectangle.degrees_in, order], h, next(weights))  # (E, S, N_out)
                 key = (rectangle.degrees_out, order)
                 z[key] = z[key] + product if key in z else product
-
-        out = []
-        for degrees in self._groups_out:
-            rows = [self._rows_of_order(z, degrees, order, len(src)) for order in range(max(degrees) + 1)]
-            out.append(torch.cat(rows, dim=1).transpose(1, 2) @ frames[degrees])
-        return out
+        return [
+            torch.cat([self._rows_of_order(z, degrees, order, len(x[0])) for order in range(max(degrees) + 1)], dim=1)
+            for degrees in self._groups_out
+        ]
 
     def _rows_of_order(self, z: dict[tuple, Tensor], degrees: tuple[int, ...], order: int, num_edges: int) -> Tensor:
         """(E, S · (degrees >= order), C_out) output in the edge frame, as `split_orders` would split it."""
@@ -410,8 +457,8 @@ class ConvSE3(nn.Module):
         """
         edge_feats = {degree: gather_rows(feature, edges) for degree, feature in edge_feats.items()}
         src = gather_rows(src, edges)
-        for rectangle in self._rectangles:
-            hidden = rectangle.radial_func.hidden(edge_feats["0"].squeeze(-1))
+        hidden_of = hidden_layers([r.radial_func for r in self._rectangles], edge_feats["0"].squeeze(-1))
+        for rectangle, hidden in zip(self._rectangles, hidden_of.unbind(1), strict=True):
             for degree in set(rectangle.degrees_in) & set(rectangle.degrees_out) - {0}:
                 weight = rectangle.isotropic_weight(degree)
                 x = self._source_features(node_feats, edge_feats, src, (degree,))
