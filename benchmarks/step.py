@@ -7,7 +7,9 @@
 Parts:
     convolution  forward and backward of one convolution, 1,184 edges, C = 32, degrees 0 … 3
     bonded       training step of the QM9 network, 32 molecules of 18 atoms, 1,184 edges
-    complete     the same on 16 molecules, fully connected, 4,896 edges
+    directed     the same with other edge features for i -> j than for j -> i, so that the two share no radial weights
+    complete     as bonded, but on 16 molecules, fully connected, 4,896 edges
+    large        training step of the QM9 network on one graph of 4,000 nodes, 32 neighbours each; ours alone
     nbody        training step of an N-body network, 128 × 5 particles, 2,560 edges
     scaling      forward and backward of the convolution on 1,024 … 65,536 edges: time and memory per edge
     accuracy     errors of values and gradients against float64
@@ -33,14 +35,16 @@ from benchmarks.yardstick import dense, dense_bases
 from se3_transformer.model import Fiber, Graph, SE3Transformer, SE3TransformerPooled
 from se3_transformer.model.basis import get_basis
 from se3_transformer.model.layers import ConvSE3, ConvSE3FuseLevel
+from se3_transformer.model.neighbors import knn
 from se3_transformer.model.transformer import get_populated_edge_features
 from se3_transformer.runtime.settings import parse_settings, require
 
 CPU = torch.device("cpu")
 NODE_DEGREE = 2  # edges per node of the convolution, as in molecules with bonds as edges
+NEIGHBOURS = 32  # edges per node of the large graph
 
 SETTINGS = EasyDict(
-    parts="convolution,bonded,complete,nbody,scaling,accuracy",  # what to measure
+    parts="convolution,bonded,directed,complete,large,nbody,scaling,accuracy",  # what to measure
     precisions="float32,bf16",  # of both implementations
     threads=2,  # CPU threads
     rounds=5,  # of which the median counts, after one that does not
@@ -49,6 +53,7 @@ SETTINGS = EasyDict(
     num_channels=32,  # of the QM9 network and of the convolution
     num_heads=8,  # of the QM9 network
     molecules=32,  # bonded; half as many fully connected
+    nodes=4000,  # of the large graph
     simulations=128,  # of five particles
     edges="1024,4096,16384,65536",  # of the convolution, part scaling
     max_gib=8.0,  # part scaling leaves the yardstick out where it would need more memory
@@ -66,7 +71,7 @@ def main() -> None:
 
 def check(settings: EasyDict) -> None:
     """Raise ValueError for settings that make no sense."""
-    positive = ("threads", "rounds", "num_layers", "num_channels", "num_heads", "molecules", "simulations")
+    positive = ("threads", "nodes", "rounds", "num_layers", "num_channels", "num_heads", "molecules", "simulations")
     require(settings, dict.fromkeys(positive, 1) | {"max_gib": 0})
     for part in settings.parts.split(","):
         if part not in PARTS:
@@ -85,8 +90,30 @@ def bonded(settings: EasyDict) -> str:
     return qm9_comparison(settings, settings.molecules, "bonds")
 
 
+def directed(settings: EasyDict) -> str:
+    return qm9_comparison(settings, settings.molecules, "bonds", directed=True)
+
+
 def complete(settings: EasyDict) -> str:
     return qm9_comparison(settings, max(1, settings.molecules // 2), "complete")
+
+
+def large(settings: EasyDict) -> str:
+    """Time and memory of one step, with and without low_memory, after one that does not count."""
+    positions = torch.randn(settings.nodes, 3)
+    graph = knn(positions, NEIGHBOURS)
+    inputs = (
+        graph,
+        {"0": torch.randn(graph.num_nodes, 6, 1)},
+        {"0": torch.randn(graph.num_edges, 4, 1)},
+    )
+    rows, kind = [], settings.precisions.split(",")[0]
+    for low_memory in (False, True):
+        step = training_steps(qm9_network(settings, low_memory), inputs, settings)[f"ours {kind}"]
+        (seconds,) = interleaved({"step": step}, 1)["step"]
+        rows.append([f"ours, low_memory={low_memory}", f"{seconds:.1f}", f"{peak_bytes(step, CPU) / 2**30:.2f}"])
+    title = f"QM9 network, training step, {graph.num_nodes:,} nodes, {graph.num_edges:,} edges"
+    return f"### {title}\n\n{table(['', 's', 'peak GiB'], rows)}"
 
 
 def nbody(settings: EasyDict) -> str:
@@ -144,13 +171,13 @@ def accuracy(settings: EasyDict) -> str:
     return f"### Accuracy against float64\n\n{table(columns, rows)}"
 
 
-PARTS = {part.__name__: part for part in (convolution, bonded, complete, nbody, scaling, accuracy)}
+PARTS = {part.__name__: part for part in (convolution, bonded, directed, complete, large, nbody, scaling, accuracy)}
 
 
 # ------------------------------------------------------------------------------------------------ networks and inputs
 
 
-def qm9_network(settings: EasyDict) -> SE3TransformerPooled:
+def qm9_network(settings: EasyDict, low_memory: bool = False) -> SE3TransformerPooled:
     channels = settings.num_channels
     return SE3TransformerPooled(
         fiber_in=Fiber({0: 6}),
@@ -163,6 +190,7 @@ def qm9_network(settings: EasyDict) -> SE3TransformerPooled:
         num_heads=settings.num_heads,
         channels_div=2,
         tensor_cores=settings.tensor_cores,
+        low_memory=low_memory,
     )
 
 
@@ -260,11 +288,13 @@ def mean_square(tensors: list[Tensor]) -> Tensor:
     return torch.stack([x.float().square().mean() for x in tensors]).sum()
 
 
-def qm9_comparison(settings: EasyDict, num_molecules: int, graph: str) -> str:
+def qm9_comparison(settings: EasyDict, num_molecules: int, graph: str, directed: bool = False) -> str:
     inputs = qm9_inputs(num_molecules, graph)
+    if directed:
+        inputs[2]["0"] += torch.rand_like(inputs[2]["0"])
     title = (
         f"QM9 network ({settings.num_layers} layers, {settings.num_channels} channels), training step, "
-        f"{num_molecules} molecules, {graph}, {inputs[0].num_edges:,} edges"
+        f"{num_molecules} molecules, {graph}, {inputs[0].num_edges:,} {'directed ' if directed else ''}edges"
     )
     return comparison(title, settings, training_steps(qm9_network(settings), inputs, settings))
 

@@ -54,9 +54,9 @@ def hidden_layers(networks: list[RadialProfile], edge_scalars: Tensor) -> Tensor
         edge_scalars: (E, edge_dim), the input of all of them.
     """
     below_last = [network.net[:-1] for network in networks]
-    parameters = torch.cat([p.flatten() for modules in below_last for p in modules.parameters()]).view(
-        len(networks), -1
-    )
+    layers = [module for modules in below_last for module in modules if not isinstance(module, nn.ReLU)]
+    parameters = torch.cat([p.flatten() for layer in layers for p in (layer.weight, layer.bias)])
+    parameters = parameters.view(len(networks), -1)
     hidden_dim, norm = below_last[0][0].out_features, isinstance(below_last[0][1], nn.LayerNorm)
     if native.fits(edge_scalars, hidden_dim):
         with torch.autocast("cpu", enabled=False):
@@ -69,16 +69,13 @@ def by_torch(edge_scalars: Tensor, parameters: Tensor, hidden_dim: int, norm: bo
     R, hidden = len(parameters), edge_scalars
     for inputs in (edge_scalars.shape[1], hidden_dim):
         sizes = [hidden_dim * inputs, *[hidden_dim] * (3 if norm else 1)]
-        (weight, bias, *affine), parameters = (
-            parameters[:, : sum(sizes)].split(sizes, dim=1),
-            parameters[:, sum(sizes) :],
-        )
+        of_layer, parameters = parameters.split([sum(sizes), parameters.shape[1] - sum(sizes)], dim=1)
+        weight, bias, *affine = of_layer.split(sizes, dim=1)
+        weight = weight.unflatten(1, (hidden_dim, inputs))  # (R, H, inputs)
         if hidden is edge_scalars:
-            hidden = linear(hidden, weight.reshape(-1, inputs), bias.flatten())  # (E, R · H)
+            hidden = linear(hidden, weight.flatten(0, 1), bias.flatten())  # (E, R · H)
         else:
-            by_network = hidden.unflatten(1, (R, -1)).transpose(0, 1) @ weight.unflatten(1, (-1, inputs)).transpose(
-                1, 2
-            )
+            by_network = hidden.unflatten(1, (R, -1)).transpose(0, 1) @ weight.transpose(1, 2)  # (R, E, H)
             hidden = by_network.transpose(0, 1).flatten(1) + bias.flatten()
         if norm:  # each network is a group
             hidden = group_norm(hidden, R, *(values.flatten() for values in affine), eps=native.EPSILON)
