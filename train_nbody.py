@@ -98,11 +98,13 @@ PRESETS = {
         "num_heads": 4,
         "first_start_frame": 30,
         "num_start_frames": 1,
+        "augment": "symmetries",
         "loss_on_the_way": False,
         "velocity_weight": 0.0,
         "batch_size": 100,
-        "epochs": 200,
+        "epochs": 140,
         "learning_rate": 3e-3,
+        "weight_decay": 0.1,
     },
 }
 
@@ -210,7 +212,7 @@ def report(network: NBodyNetwork, test: NBodyDataset, trainer: Trainer, settings
     rows = {
         "no change": {"mse_x": no_change_x, "mse_v": no_change_v},
         "constant velocity": {"mse_x": constant_velocity_x, "mse_v": no_change_v},
-        "SE(3)-Transformer": errors,
+        {"equivariant": "SE(3)-Transformer", "plain": "plain attention"}[settings.network]: errors,
     }
     print(f"\nTest error on {len(test):,} simulations, best epoch {best_epoch['epoch']} chosen by validation")
     print(" " * 20 + "".join({"mse_x": "     MSE x", "mse_v": "     MSE v"}[key] for key in learned))

@@ -19,11 +19,11 @@ from matplotlib.figure import Figure
 ROOT = Path(__file__).parent.parent
 BATCH_SIZE = 100
 WAYS = {  # name: flags of train_nbody.py
-    "SE(3)-Transformer": ["--network", "equivariant"],
-    "plain attention": ["--network", "plain"],
+    "SE(3)-Transformer": ["--network", "equivariant", "--augment", "none"],
+    "plain attention": ["--network", "plain", "--augment", "none"],
     "plain attention, random rotations": ["--network", "plain", "--augment", "rotations"],
 }
-NETWORK = ["--num_iterations", "1", "--num_layers", "3", "--learning_rate", "2e-3"]
+NETWORK = ["--num_iterations", "1", "--num_layers", "3", "--learning_rate", "2e-3", "--weight_decay", "0"]
 
 
 def main() -> None:

@@ -28,9 +28,9 @@ def run(script: str, *flags: str, cwd: Path) -> Done:
     with (
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(err),
-        contextlib.chdir(cwd),
         pytest.MonkeyPatch.context() as patch,
     ):
+        patch.chdir(cwd)
         patch.setattr(sys, "argv", [script, *flags])
         threads = torch.get_num_threads()
         try:

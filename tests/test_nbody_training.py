@@ -240,6 +240,7 @@ def test_plain_network_trains_and_loads(simulated):
     done = run("train_nbody.py", *flags, *TINY, cwd=simulated)
     assert done.returncode == 0, done.stderr
     assert isinstance(load_network(simulated / "data/plain_best.pt"), PlainNetwork)
+    assert "\nplain attention " in done.stdout and "SE(3)" not in done.stdout
     assert json.loads((simulated / "data/plain_result.json").read_text())["equivariance_error"] > 1e-2
 
 
@@ -253,6 +254,14 @@ def test_learning_curve(simulated):
     for name, errors in result["mse_x"].items():
         assert f"| {name} | {errors[0]:.4f} |" in stdout
     assert (simulated / "curve.png").stat().st_size > 5_000
+
+
+def test_table_of_results_keeps_protocols_apart(tmp_path):
+    done = run("results/nbody_table.py", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    both, egnn = done.stdout.split("\n\n")
+    assert "egnn" not in both.lower() and "MSE v" in both
+    assert "`paper`" not in egnn and "MSE v" not in egnn and "| EGNN, published | 3,000 | 30 and 40 |" in egnn
 
 
 def test_reflect_equals_many_small_steps():

@@ -541,7 +541,7 @@ def test_malicious_checkpoint_is_refused(tmp_path):
 def test_failed_write_keeps_the_old_checkpoint(tmp_path):
     path = tmp_path / "a.pt"
     save_checkpoint(path, {"value": 1})
-    with pytest.raises(Exception, match="pickle"):
+    with pytest.raises(Exception, match="pickle|local object"):
         save_checkpoint(path, {"value": lambda: None})
     assert load_checkpoint(path) == {"value": 1}
     assert [file.name for file in tmp_path.iterdir()] == ["a.pt"]

@@ -40,7 +40,7 @@ class TFNBattery(ModelBattery):
 
 
 class TestTensorFieldNetwork(TFNBattery):
-    fiber_hidden = {0: 3, 1: 3, 2: 2}
+    pass
 
 
 class TestWithOptions(TFNBattery):

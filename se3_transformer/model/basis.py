@@ -126,7 +126,7 @@ def wigner_blocks(rotations: Tensor, max_degree: int) -> dict[str, Tensor]:
         {'0': (E, 1, 1), '1': (E, 3, 3), …, 'L': (E, 2L+1, 2L+1)}; where the rotation is the zero matrix, zero blocks
         of all degrees but 0.
     """
-    blocks = {"0": rotations.new_ones(len(rotations), 1, 1)}
+    blocks = {"0": rotations.new_ones(rotations.shape[0], 1, 1)}
     if max_degree >= 1:
         blocks["1"] = rotations
     steps = [_wigner_step(degree, rotations.dtype, rotations.device) for degree in range(2, max_degree + 1)]
@@ -174,7 +174,7 @@ def get_basis(
     ):
         basis = wigner_blocks(edge_frames(relative_pos), max_degree)
     zero_length = (relative_pos == 0).all(dim=-1).nonzero().flatten()
-    if len(zero_length):
+    if torch.compiler.is_compiling() or len(zero_length):  # an exported model may meet them later
         basis[ZERO_LENGTH] = zero_length
     return basis
 
@@ -193,7 +193,7 @@ def check_relative_pos(relative_pos: Tensor, values: bool = True) -> None:
             "rel_pos: expected a floating point tensor (E, 3) of pos[dst] - pos[src], "
             f"got {relative_pos.dtype} {tuple(relative_pos.shape)}"
         )
-    if values and not (finite := relative_pos.isfinite().all(dim=-1)).all():
+    if values and not torch.compiler.is_compiling() and not (finite := relative_pos.isfinite().all(dim=-1)).all():
         bad = (~finite).nonzero().flatten()
         raise ValueError(
             f"rel_pos: {len(bad)} of {len(relative_pos)} edges hold NaN or infinity, the first is edge {bad[0].item()} "

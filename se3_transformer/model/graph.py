@@ -38,9 +38,9 @@ class Graph:
             if (index := getattr(self, name)) is not None or name in ("src", "dst"):
                 check_index(f"Graph.{name}", index)
         self.src, self.dst = self.src.long(), self.dst.long()
-        if len(self.src) != len(self.dst):
+        if self.src.shape != self.dst.shape:
             raise ValueError(f"Graph: src and dst differ in length, {len(self.src)} and {len(self.dst)}")
-        if self.rel_pos is not None and len(self.rel_pos) != len(self.src):
+        if self.rel_pos is not None and self.rel_pos.shape[:1] != self.src.shape:
             raise ValueError(f"Graph.rel_pos: expected {len(self.src)} rows, one per edge, got {len(self.rel_pos)}")
         for name, tensor in (("dst", self.dst), ("rel_pos", self.rel_pos)):
             if tensor is not None and tensor.device != self.src.device:
@@ -51,9 +51,11 @@ class Graph:
             else:
                 self.num_nodes = max((int(ends.max()) for ends in (self.src, self.dst) if len(ends)), default=-1) + 1
         if self.batch_num_nodes is None:
-            self.batch_num_nodes = torch.tensor([self.num_nodes], device=self.src.device)
-        if self.batch_num_edges is None and len(self.batch_num_nodes) == 1:
-            self.batch_num_edges = torch.tensor([len(self.src)], device=self.src.device)
+            self.batch_num_nodes = torch.full((1,), self.num_nodes, device=self.src.device)
+        if torch.compiler.is_compiling():  # an exported model cannot branch on values and sizes
+            return
+        if self.batch_num_edges is None and self.num_graphs == 1:
+            self.batch_num_edges = torch.full((1,), self.num_edges, device=self.src.device)
         if self.src.device.type == "cpu":  # elsewhere, looking at values would hold up the device
             self._check_values()
 
@@ -83,11 +85,11 @@ class Graph:
 
     @property
     def num_edges(self) -> int:
-        return len(self.src)
+        return self.src.shape[0]
 
     @property
     def num_graphs(self) -> int:
-        return len(self.batch_num_nodes)
+        return self.batch_num_nodes.shape[0]
 
     @property
     def device(self) -> torch.device:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 class IterativeSE3Transformer(nn.Module):
     """SE(3)-Transformers applied one after the other, each to where the one before it has moved the points.
 
-        positions[k+1] = positions[k] + vectors,        features[k+1], vectors = block_k(positions[k], inputs, features[k])
+        features[k+1], vectors = block_k(positions[k], inputs, features[k]),    positions[k+1] = positions[k] + vectors,
 
     with features[0] = 0. The geometry of the graph is computed anew for every block, and gradients flow through all of
     it; which nodes are joined by edges stays as it is.

@@ -74,7 +74,7 @@ class AttentionSE3(nn.Module):
     def _heads(self, features: dict[str, Tensor] | Tensor, fiber: Fiber) -> Tensor:
         """(…, heads, D / heads)"""
         if isinstance(features, Tensor):
-            return features.reshape(len(features), self.num_heads, fiber.num_features // self.num_heads)
+            return features.reshape(features.shape[0], self.num_heads, fiber.num_features // self.num_heads)
         return fiber.to_attention_heads(features, self.num_heads)
 
 

@@ -163,7 +163,7 @@ class RadialWeightsFirst(Contraction):
 
     @staticmethod
     def plain(x, hidden, matrix):
-        return x @ (hidden @ matrix.T).view(len(x), x.shape[2], len(matrix) // x.shape[2])
+        return x @ (hidden @ matrix.T).view(x.shape[0], x.shape[2], len(matrix) // x.shape[2])
 
     @staticmethod
     def forward(x, hidden, matrix, out, buffer):
@@ -202,14 +202,15 @@ def contract(order: type[Contraction], x: Tensor, hidden: Tensor, weight: Tensor
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
     x, hidden, matrix = x.to(dtype), hidden.to(dtype), order.matrix(weight.to(dtype))
     E, S, n_out = *x.shape[:2], weight.shape[1:3].numel()
+    product = _whole if torch.compiler.is_compiling() else _Chunked.apply
     with torch.autocast(device, enabled=False):
         if len(weight) == 2 and order.stacks_features:
             x = torch.cat([x, _quarter_turn(x)], dim=2)
-        if len(hidden) < E:  # edges that share radial weights are as one edge with more rows
+        if hidden.shape[0] < E:  # edges that share radial weights are as one edge with more rows
             x = x.reshape(len(hidden), -1, x.shape[2])
         if len(weight) == 1 or order.stacks_features:
-            return _Chunked.apply(order, x, hidden, matrix, n_out).view(E, S, n_out)
-        ax, bx = _Chunked.apply(order, x, hidden, matrix, 2 * n_out).view(E, S, 2, n_out).unbind(2)
+            return product(order, x, hidden, matrix, n_out).view(E, S, n_out)
+        ax, bx = product(order, x, hidden, matrix, 2 * n_out).view(E, S, 2, n_out).unbind(2)
         return ax + _quarter_turn(bx)
 
 
@@ -300,6 +301,11 @@ def _unpacked(matrices: Tensor, shapes: list[torch.Size]) -> list[Tensor]:
     """Views of a vector as weights (P, outs, C_out, ins, C_in, H), from their shapes ordered as `_by_input`."""
     parts = zip(matrices.split([shape.numel() for shape in shapes]), shapes, strict=True)
     return [part.view(shape).permute(2, 3, 4, 0, 1, 5) for part, shape in parts]
+
+
+def _whole(order: type[Contraction], x: Tensor, hidden: Tensor, matrix: Tensor, n_out: int) -> Tensor:
+    """What `_Chunked` does, for all edges at once: an exported model has to take any number of them."""
+    return order.plain(x, hidden, matrix)
 
 
 class _Chunked(torch.autograd.Function):

@@ -345,7 +345,7 @@ class ConvSE3(nn.Module):
 
         chunk = MAX_EDGES_LOW_MEMORY if self.low_memory else MAX_EDGES
         chunk = max(chunk - chunk % share, share)
-        if len(src) <= chunk:
+        if torch.compiler.is_compiling() or len(src) <= chunk:
             return messages(slice(None))
         edges = [slice(start, start + chunk) for start in range(0, len(src), chunk)]
         if torch.is_grad_enabled():
@@ -424,13 +424,15 @@ class ConvSE3(nn.Module):
         z: dict[tuple, Tensor] = {}  # (degrees, m) -> (E, S, N_out)
         weights = iter(weights)
         for rectangle, h in zip(self._rectangles, hidden.unbind(1), strict=True):
-            contraction = RadialWeightsFirst if len(hidden) < len(x[0]) else rectangle.order
+            contraction = RadialWeightsFirst if hidden.shape[0] < x[0].shape[0] else rectangle.order
             for order in range(min(max(rectangle.degrees_in), max(rectangle.degrees_out)) + 1):
                 product = contract(contraction, inputs[rectangle.degrees_in, order], h, next(weights))  # (E, S, N_out)
                 key = (rectangle.degrees_out, order)
                 z[key] = z[key] + product if key in z else product
         return [
-            torch.cat([self._rows_of_order(z, degrees, order, len(x[0])) for order in range(max(degrees) + 1)], dim=1)
+            torch.cat(
+                [self._rows_of_order(z, degrees, order, x[0].shape[0]) for order in range(max(degrees) + 1)], dim=1
+            )
             for degrees in self._groups_out
         ]
 
@@ -462,6 +464,7 @@ class ConvSE3(nn.Module):
             for degree in set(rectangle.degrees_in) & set(rectangle.degrees_out) - {0}:
                 weight = rectangle.isotropic_weight(degree)
                 x = self._source_features(node_feats, edge_feats, src, (degree,))
-                message = torch.einsum("oih,eh,emi->eom", weight, hidden, x)
+                kernel = (hidden @ weight.flatten(0, 1).T).unflatten(1, weight.shape[:2])  # (E0, C_out, C_in)
+                message = torch.bmm(kernel, x.transpose(1, 2))
                 out[degree] = out[degree].index_add(0, edges, message.to(out[degree].dtype))
         return out
