@@ -60,7 +60,7 @@ class Inputs(NamedTuple):
     names: list[str]  # G
     smiles: list[str]  # G, or empty if not known
     dataset: QM9Dataset
-    molecules: torch.LongTensor  # (G,) in the data set
+    molecules: torch.Tensor  # (G,) in the data set
 
 
 def main() -> None:

@@ -4,6 +4,7 @@
     python train_nbody.py --preset paper           # no walls, 10 frames ahead, from the first frame
     python train_nbody.py --preset egnn            # no walls, from frame 30 to frame 40, positions alone
     python train_nbody.py --seed 1 --run_name nbody_s1  # another seed, under another name
+    python train_nbody.py --evaluate data/nbody_best.pt # test error of a checkpoint
     tensorboard --logdir runs
 
 Interrupted, it goes on where it was when the same command is given again; finished, it only prints its report.
@@ -24,11 +25,13 @@ from experiments.nbody import (
     NETWORKS,
     NBodyNetwork,
     NBodyTask,
+    PlainNetwork,
     equivariance_error,
     evaluate,
     load_network,
     plot_trajectories,
 )
+from se3_transformer.runtime.checkpoint import load_checkpoint
 from se3_transformer.runtime.distributed import exclusive_run, is_main, process_group
 from se3_transformer.runtime.files import RunFiles, run_files, write_file
 from se3_transformer.runtime.script import run_script
@@ -74,28 +77,23 @@ SETTINGS = EasyDict(
     log_every=50,  # steps between two records
     save_every=0,  # steps between two saved states, besides one after every epoch; 0: none
     max_minutes=0.0,  # stop after this time, start and validation included, to go on another time; 0: no limit
+    evaluate="",  # only measure the test error of this checkpoint
 )
+ITERATIVE = {
+    "box_size": 0.0,
+    "num_iterations": 5,
+    "num_layers": 2,
+    "num_degrees": 2,
+    "num_channels": 16,
+    "num_heads": 4,
+    "learning_rate": 3e-3,
+}
 PRESETS = {
     "readme": {},
-    "paper": {
-        "name": "nbody_paper",
-        "box_size": 0.0,
-        "num_iterations": 5,
-        "num_layers": 2,
-        "num_degrees": 2,
-        "num_channels": 16,
-        "num_heads": 4,
-        "num_start_frames": 8,
-        "learning_rate": 3e-3,
-    },
-    "egnn": {
+    "paper": ITERATIVE | {"name": "nbody_paper", "num_start_frames": 8},
+    "egnn": ITERATIVE
+    | {
         "name": "nbody_egnn",
-        "box_size": 0.0,
-        "num_iterations": 5,
-        "num_layers": 2,
-        "num_degrees": 2,
-        "num_channels": 16,
-        "num_heads": 4,
         "first_start_frame": 30,
         "num_start_frames": 1,
         "augment": "symmetries",
@@ -103,7 +101,6 @@ PRESETS = {
         "velocity_weight": 0.0,
         "batch_size": 100,
         "epochs": 140,
-        "learning_rate": 3e-3,
         "weight_decay": 0.1,
     },
 }
@@ -120,21 +117,23 @@ def main() -> None:
             raise ValueError(
                 "workers load batches on the CPU, but the simulations are kept on the GPU: leave workers at 0"
             )
+        if settings.evaluate:
+            evaluate_checkpoint(settings, device)
+            return
         files = run_files(settings.data_dir, settings.run_name)
         with exclusive_run(files, device):
             train(settings, files, device, deadline)
 
 
+def open_split(settings: EasyDict, split: str, device: torch.device) -> NBodyDataset:
+    data_dir = Path(settings.data_dir)
+    rebuild = f"python preprocess_nbody.py --preset {settings.preset} --name {settings.name} --data_dir {data_dir}"
+    return NBodyDataset(data_dir / "cache" / settings.name, split, cache_settings(settings.preset), device, rebuild)
+
+
 def train(settings: EasyDict, files: RunFiles, device: torch.device, deadline: float) -> None:
     """Train, or go on, and report."""
-    data_dir = Path(settings.data_dir)
-    cache_dir = data_dir / "cache" / settings.name
-    rebuild = f"python preprocess_nbody.py --preset {settings.preset} --name {settings.name} --data_dir {data_dir}"
-    train, validation, test = (
-        NBodyDataset(cache_dir, split, cache_settings(settings.preset), device, rebuild)
-        for split in ("train", "val", "test")
-    )
-
+    train, validation, test = (open_split(settings, split, device) for split in ("train", "val", "test"))
     torch.manual_seed(settings.seed)
     shape = ["box_size", "num_iterations", "num_layers", "num_degrees", "num_channels", "num_heads", "channels_div"]
     network_settings = {"interval": train.interval} | {key: settings[key] for key in [*shape, "num_radial"]}
@@ -143,7 +142,8 @@ def train(settings: EasyDict, files: RunFiles, device: torch.device, deadline: f
     task_settings = {key: settings[key] for key in ["batch_size", "seed", *weights, "num_train", *frames, "augment"]}
     num_targets = settings.num_iterations if settings.loss_on_the_way else 1
     task = NBodyTask(train, validation, **task_settings, num_targets=num_targets)
-    decisive = {key: value for key, value in settings.items() if key not in WITHOUT_INFLUENCE | {"data_dir"}}
+    without_influence = WITHOUT_INFLUENCE | {"data_dir", "evaluate"}
+    decisive = {key: value for key, value in settings.items() if key not in without_influence}
     trainer = Trainer(
         network,
         task,
@@ -182,20 +182,31 @@ def check(settings: EasyDict) -> None:
             require_file_name(settings, key)
 
 
+def evaluate_checkpoint(settings: EasyDict, device: torch.device) -> None:
+    """Test error of a checkpoint on the test simulations of the protocol that it was trained in."""
+    network = load_network(settings.evaluate).to(device)
+    trained = load_checkpoint(settings.evaluate)["settings"]
+    if differing := [key for key in ("preset", "box_size") if trained[key] != settings[key]]:
+        flags, given = (" ".join(f"--{key} {values[key]}" for key in differing) for values in (trained, settings))
+        raise ValueError(f"{settings.evaluate} was trained with {flags}, got {given}; give the former")
+    test = open_split(settings, "test", device)
+    errors = test_errors(network, test, settings)
+    if is_main():
+        print_errors(network, test, errors, settings.evaluate)
+
+
 def report(network: NBodyNetwork, test: NBodyDataset, trainer: Trainer, settings: EasyDict, best_path: Path) -> None:
     """Test errors of the best epoch beside the baselines: printed, as JSON, as a figure, and to TensorBoard."""
-    learned = ("mse_x", "mse_v") if settings.velocity_weight else ("mse_x",)
-    errors = {key: error for key, error in evaluate(network, test).items() if key in learned}
+    errors = test_errors(network, test, settings)
     if not is_main():
         return
-    symmetry = equivariance_error(network, test.batch(torch.arange(min(64, len(test)))))
     best_epoch = trainer.best_epoch
     result = {
         "test": errors,
         "baselines": test.baselines,
-        "equivariance_error": symmetry,
+        "equivariance_error": symmetry_error(network, test),
         "best_epoch": best_epoch["epoch"],
-        "validation": {key: best_epoch[f"val_{key}"] for key in learned},
+        "validation": {key: best_epoch[f"val_{key}"] for key in errors},
         "simulations": {"train": trainer.task.num_train, "test": len(test)},
         "train_seconds": sum(facts["seconds"] for facts in trainer.history),
         "settings": trainer.settings,
@@ -207,19 +218,34 @@ def report(network: NBodyNetwork, test: NBodyDataset, trainer: Trainer, settings
     trainer.log.figure("test/trajectories", figure, trainer.step)
     trainer.log.outcome(trainer.settings, errors, trainer.step)
     write_file(result_path, lambda file: file.write((json.dumps(result, indent=1) + "\n").encode()))
+    print_errors(network, test, errors, f"best epoch {best_epoch['epoch']} chosen by validation")
+    print(f"\nweights {best_path}   result {result_path}   figure {figure_path}   curves: tensorboard --logdir runs")
 
+
+def test_errors(network: NBodyNetwork, test: NBodyDataset, settings: EasyDict) -> dict[str, float]:
+    """Errors of what was learned: positions, and velocities where they have weight in the loss."""
+    learned = ("mse_x", "mse_v") if settings.velocity_weight else ("mse_x",)
+    return {key: error for key, error in evaluate(network, test).items() if key in learned}
+
+
+def symmetry_error(network: NBodyNetwork, test: NBodyDataset) -> float:
+    """Equivariance error on the first test simulations."""
+    return equivariance_error(network, test.batch(torch.arange(min(64, len(test)))))
+
+
+def print_errors(network: NBodyNetwork, test: NBodyDataset, errors: dict[str, float], what: str) -> None:
+    """The table of test errors."""
     no_change_x, no_change_v, constant_velocity_x = test.baselines.values()
     rows = {
         "no change": {"mse_x": no_change_x, "mse_v": no_change_v},
         "constant velocity": {"mse_x": constant_velocity_x, "mse_v": no_change_v},
-        {"equivariant": "SE(3)-Transformer", "plain": "plain attention"}[settings.network]: errors,
+        {NBodyNetwork: "SE(3)-Transformer", PlainNetwork: "plain attention"}[type(network)]: errors,
     }
-    print(f"\nTest error on {len(test):,} simulations, best epoch {best_epoch['epoch']} chosen by validation")
-    print(" " * 20 + "".join({"mse_x": "     MSE x", "mse_v": "     MSE v"}[key] for key in learned))
+    print(f"\nTest error on {len(test):,} simulations, {what}")
+    print(" " * 20 + "".join({"mse_x": "     MSE x", "mse_v": "     MSE v"}[key] for key in errors))
     for name, row in rows.items():
-        print(f"{name:20}" + "".join(f"{row[key]:10.5f}" for key in learned))
-    print(f"equivariance error {symmetry:.1e} (relative)\n")
-    print(f"weights {best_path}   result {result_path}   figure {figure_path}   curves: tensorboard --logdir runs")
+        print(f"{name:20}" + "".join(f"{row[key]:10.5f}" for key in errors))
+    print(f"equivariance error {symmetry_error(network, test):.1e} (relative)")
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ Parts:
     complete     as bonded, but on 16 molecules, fully connected, 4,896 edges
     large        training step of the QM9 network on one graph of 4,000 nodes, 32 neighbours each; ours alone
     nbody        training step of an N-body network, 128 × 5 particles, 2,560 edges
+    protein      training step of a network as protein design programs have it, 300 residues, 19,200 edges
     scaling      forward and backward of the convolution on 1,024 … 65,536 edges: time and memory per edge
     accuracy     errors of values and gradients against float64
 
@@ -24,6 +25,8 @@ import statistics
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
 
 import torch
 from easydict import EasyDict
@@ -34,17 +37,23 @@ from benchmarks.molecules import equal_molecules, synthetic_dataset
 from benchmarks.yardstick import dense, dense_bases
 from se3_transformer.model import Fiber, Graph, SE3Transformer, SE3TransformerPooled
 from se3_transformer.model.basis import get_basis
+from se3_transformer.model.graph import as_graph
 from se3_transformer.model.layers import ConvSE3, ConvSE3FuseLevel
 from se3_transformer.model.neighbors import knn
 from se3_transformer.model.transformer import get_populated_edge_features
 from se3_transformer.runtime.settings import parse_settings, require
 
+if TYPE_CHECKING:
+    import dgl
+
 CPU = torch.device("cpu")
 NODE_DEGREE = 2  # edges per node of the convolution, as in molecules with bonds as edges
 NEIGHBOURS = 32  # edges per node of the large graph
+RESIDUE_NEIGHBOURS = 64  # edges per residue of the protein
+DESIGN_STEPS = 10  # training steps of the protein network, beside those that are timed
 
 SETTINGS = EasyDict(
-    parts="convolution,bonded,directed,complete,large,nbody,scaling,accuracy",  # what to measure
+    parts="convolution,bonded,directed,complete,large,nbody,protein,scaling,accuracy",  # what to measure
     precisions="float32,bf16",  # of both implementations
     threads=2,  # CPU threads
     rounds=5,  # of which the median counts, after one that does not
@@ -55,6 +64,7 @@ SETTINGS = EasyDict(
     molecules=32,  # bonded; half as many fully connected
     nodes=4000,  # of the large graph
     simulations=128,  # of five particles
+    residues=300,  # of a protein, with 64 neighbours each
     edges="1024,4096,16384,65536",  # of the convolution, part scaling
     max_gib=8.0,  # part scaling leaves the yardstick out where it would need more memory
 )
@@ -72,7 +82,7 @@ def main() -> None:
 def check(settings: EasyDict) -> None:
     """Raise ValueError for settings that make no sense."""
     positive = ("threads", "nodes", "rounds", "num_layers", "num_channels", "num_heads", "molecules", "simulations")
-    require(settings, dict.fromkeys(positive, 1) | {"max_gib": 0})
+    require(settings, dict.fromkeys(positive, 1) | {"residues": 2, "max_gib": 0})
     for part in settings.parts.split(","):
         if part not in PARTS:
             raise ValueError(f"parts: expected some of {', '.join(PARTS)}, got {part!r}")
@@ -133,6 +143,22 @@ def nbody(settings: EasyDict) -> str:
     return comparison(title, settings, training_steps(network, inputs, settings))
 
 
+def protein(settings: EasyDict) -> str:
+    """Two layers, 32 channels of three degrees, weights by name, a DGL graph; and the loss over ten steps."""
+    inputs = protein_inputs(settings.residues)
+    targets = torch.randn(settings.residues, 32, 1), torch.randn(settings.residues, 2, 3)
+    steps = training_steps(
+        ProteinDesign(), inputs, settings, lambda out: mean_square([x - y for x, y in zip(out, targets, strict=True)])
+    )
+    rows, kind = [], settings.precisions.split(",")[0]
+    for name in ("ours", "yardstick"):
+        losses = [steps[f"{name} {kind}"]() for _ in range(DESIGN_STEPS)]
+        rows.append([f"{name} {kind}", f"{losses[0]:.6f}", f"{losses[-1]:.6f}"])
+    title = f"Protein design network, training step, {settings.residues} residues, {len(inputs[2]['0']):,} edges"
+    learned = table(["loss", "step 1", f"step {DESIGN_STEPS}"], rows)
+    return f"{comparison(title, settings, steps)}\n\n{learned}"
+
+
 def scaling(settings: EasyDict) -> str:
     """Time and memory of the convolution per edge; the yardstick in float32 alone."""
     rows, bytes_per_edge = [], 0.0
@@ -171,7 +197,9 @@ def accuracy(settings: EasyDict) -> str:
     return f"### Accuracy against float64\n\n{table(columns, rows)}"
 
 
-PARTS = {part.__name__: part for part in (convolution, bonded, directed, complete, large, nbody, scaling, accuracy)}
+PARTS = {
+    part.__name__: part for part in (convolution, bonded, directed, complete, large, nbody, protein, scaling, accuracy)
+}
 
 
 # ------------------------------------------------------------------------------------------------ networks and inputs
@@ -208,6 +236,40 @@ def nbody_inputs(simulations: int, particles: int = 5) -> tuple[Graph, dict, dic
     sizes = torch.full((simulations,), particles)
     graph = Graph(src, dst, positions[dst] - positions[src], batch_num_nodes=sizes)
     return graph, {"0": charges, "1": torch.randn(N, 1, 3)}, {"0": charges[src] * charges[dst]}
+
+
+class ProteinDesign(nn.Module):
+    """How protein design programs hold the model: they initialise weights by name, outputs with zeros."""
+
+    def __init__(self):
+        super().__init__()
+        self.se3 = SE3Transformer(
+            num_layers=2,
+            fiber_in=Fiber({0: 32, 1: 3}),
+            fiber_hidden=Fiber.create(3, 32),
+            fiber_out=Fiber({0: 32, 1: 2}),
+            num_heads=4,
+            channels_div=4,
+            fiber_edge=Fiber({0: 32}),
+            use_layer_norm=True,
+        )
+        for name, parameter in self.se3.named_parameters():
+            if "bias" in name or "radial_func.net.6" in name or "to_kernel_self" in name:
+                nn.init.zeros_(parameter)
+            elif "radial_func" in name and parameter.ndim > 1:
+                nn.init.kaiming_normal_(parameter, nonlinearity="relu")
+
+    def forward(self, graph: Graph | dgl.DGLGraph, node_feats: dict, edge_feats: dict) -> dict[str, Tensor]:
+        return self.se3(as_graph(graph), node_feats, edge_feats)  # the yardstick takes no other
+
+
+def protein_inputs(residues: int) -> tuple[Graph | dgl.DGLGraph, dict, dict]:
+    """A random chain, a residue every 3.8 Å, each joined to its nearest; a DGL graph where DGL is installed."""
+    positions = 3.8 * nn.functional.normalize(torch.randn(residues, 3), dim=1).cumsum(dim=0)
+    graph = knn(positions, RESIDUE_NEIGHBOURS)
+    node_feats = {"0": torch.randn(residues, 32, 1), "1": torch.randn(residues, 3, 3)}
+    edge_feats = {"0": torch.randn(graph.num_edges, 32, 1)}
+    return graph.to_dgl() if find_spec("dgl") else graph, node_feats, edge_feats
 
 
 def build_convolution(settings: EasyDict) -> ConvSE3:
@@ -266,26 +328,30 @@ def convolution_steps(settings: EasyDict, num_edges: int) -> dict[str, Callable[
     return steps
 
 
-def training_steps(network: nn.Module, inputs: tuple, settings: EasyDict) -> dict[str, Callable[[], None]]:
-    """Forward, backward and AdamW; each implementation has its own copy of the network."""
+def mean_square(tensors: list[Tensor]) -> Tensor:
+    return torch.stack([x.float().square().mean() for x in tensors]).sum()
+
+
+def training_steps(
+    network: nn.Module, inputs: tuple, settings: EasyDict, loss_of: Callable[[list[Tensor]], Tensor] = mean_square
+) -> dict[str, Callable[[], float]]:
+    """Forward, backward and AdamW, which return the loss; each implementation has its own copy of the network."""
     steps = {}
     for name, model in implementations(network).items():
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
         for kind in settings.precisions.split(","):
 
-            def step(model=model, optimizer=optimizer, kind=kind) -> None:
+            def step(model=model, optimizer=optimizer, kind=kind) -> float:
                 optimizer.zero_grad(set_to_none=False)  # gradients are not part of the memory that is measured
                 with precision(kind, CPU.type):
                     out = call_network(model, *inputs)
-                mean_square(out).backward()
+                loss = loss_of(out)
+                loss.backward()
                 optimizer.step()
+                return loss.item()
 
             steps[f"{name} {kind}"] = step
     return steps
-
-
-def mean_square(tensors: list[Tensor]) -> Tensor:
-    return torch.stack([x.float().square().mean() for x in tensors]).sum()
 
 
 def qm9_comparison(settings: EasyDict, num_molecules: int, graph: str, directed: bool = False) -> str:

@@ -13,15 +13,17 @@ NumPy only: importing this file is quick.
 
 import hashlib
 import json
+import os
 import shutil
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from se3_transformer.runtime.files import exclusive, sync_directory, write_file
+from se3_transformer.runtime.files import exclusive, naming, sync_directory, write_file
 from se3_transformer.runtime.script import UserError
 
 FORMAT_VERSION = 1
@@ -78,7 +80,7 @@ class CacheWriter:
 
     def __init__(self, directory: str | Path, settings: dict, sources: dict[str, dict]):
         self.directory = Path(directory)
-        self.info = {}
+        self.info: dict[str, Any] = {}
         self._settings, self._sources = settings, sources
         self._arrays: dict[str, np.memmap] = {}
         self._building = self.directory.with_name(f".{self.directory.name}.building")
@@ -88,7 +90,11 @@ class CacheWriter:
         """A new array on disk, to be filled before the end."""
         path = self._building / f"{name}.npy"
         shape = tuple(map(int, shape))  # NumPy's integers would not be written as plain numbers
-        self._arrays[name] = np.lib.format.open_memmap(path, mode="w+", shape=shape, dtype=np.dtype(dtype))
+        with naming(path):
+            self._arrays[name] = np.lib.format.open_memmap(path, mode="w+", shape=shape, dtype=np.dtype(dtype))
+            if hasattr(os, "posix_fallocate"):  # else a disk that gets full ends the process without a word
+                with path.open("r+b") as file:
+                    os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
         return self._arrays[name]
 
     def __enter__(self):
@@ -146,6 +152,7 @@ def open_cache(
     settings: dict | None = None,
     sources: dict[str, dict] | None = None,
     verify: bool = False,
+    prefix: str = "",
 ) -> Cache:
     """Open a cache after checking its manifest and the size, type and shape of every file.
 
@@ -155,6 +162,7 @@ def open_cache(
         settings: each of these must be recorded with this value.
         sources: exactly these must be recorded, with these contents.
         verify: also read every file and compare its checksum.
+        prefix: open the arrays whose names begin with this alone.
 
     Raises:
         CacheError: the cache cannot be used; the message says why and how to rebuild it.
@@ -191,12 +199,14 @@ def open_cache(
 
     arrays = {}
     for name, entry in manifest["arrays"].items():
+        if not name.startswith(prefix):
+            continue
         path = directory / f"{name}.npy"
         require(path.is_file(), path, f"an array of {entry['bytes']} bytes", "no such file")
         require(path.stat().st_size == entry["bytes"], path, f"{entry['bytes']} bytes", f"{path.stat().st_size}")
         try:
             array = np.load(path, mmap_mode="c", allow_pickle=False)
-        except ValueError as error:
+        except Exception as error:  # a damaged file may raise anything
             raise CacheError(path, "an .npy file", error, rebuild) from None
         require(array.dtype.str == entry["dtype"], path, f"dtype {entry['dtype']}", array.dtype.str)
         require(list(array.shape) == entry["shape"], path, f"shape {entry['shape']}", list(array.shape))

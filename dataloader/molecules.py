@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from dataloader.qm9_layout import ATOMIC_NUMBERS, RAW_FILES, TARGETS, Molecules, bar_options, check_molecules
+from dataloader.qm9_layout import ATOMIC_NUMBERS, LARGEST, RAW_FILES, TARGETS, Molecules, bar_options, check_molecules
 
 if TYPE_CHECKING:
     from rdkit.Chem import Mol
@@ -139,9 +139,12 @@ def read_smiles(source: str | Path | Sequence[str]) -> ReadMolecules:
         ValueError: there is no molecule, or none that can be used.
     """
     rdkit = _import_rdkit()
-    is_file = isinstance(source, str | Path)
-    origin = source if is_file else "SMILES"
-    lines = Path(source).read_text(errors="replace").splitlines() if is_file else source
+    origin: str | Path = "SMILES"
+    lines: Sequence[str]
+    if isinstance(source, str | Path):
+        origin, lines = source, Path(source).read_text(errors="replace").splitlines()
+    else:
+        lines = source
     records = [line.split(maxsplit=1) for line in lines if line.strip()]
     if not records:
         raise ValueError(f"{origin}: expected a SMILES in each line, got none")
@@ -255,13 +258,14 @@ def _collect(
                 _check_bonds(mol)
                 _check_composition(mol)
                 _check_atoms(mol)
+                arrays, written = _arrays(mol), Chem.MolToSmiles(Chem.RemoveHs(mol))
             except ValueError as error:
                 refused.append(f"{name}: {error}")
                 continue
-            parts.append(_arrays(mol))
+            parts.append(arrays)
             targets.append([value if key == task else np.nan for key in TARGETS])
             used.append(name)
-            smiles.append(Chem.MolToSmiles(Chem.RemoveHs(mol)))
+            smiles.append(written)
     if not used:
         raise ValueError(f"{origin}: expected molecules that can be used, got none: {describe_refused(refused)}")
     return ReadMolecules(_join(parts, np.array(targets)), used, smiles, refused)
@@ -314,6 +318,8 @@ def _check_atoms(mol: Mol) -> None:
 
 def _check_apart(positions: np.ndarray) -> None:
     """Raise ValueError if some of the positions (n, 3) are too close for atoms, or not finite."""
+    if not (np.abs(positions) < LARGEST).all():
+        raise ValueError(f"expected finite coordinates below {LARGEST:.0e} Å, got others")
     i, j = np.triu_indices(len(positions), k=1)
     apart = np.linalg.norm(positions[i] - positions[j], axis=1)
     if not (apart >= CLOSEST).all():
@@ -334,12 +340,16 @@ def _sanitize(mol: Mol, any_valence: bool = False) -> None:
     from rdkit import Chem
 
     try:
-        Chem.SanitizeMol(mol)
-    except Chem.MolSanitizeException as error:
-        if not any_valence:
-            raise ValueError(f"expected possible valences and rings, got none: {error}") from None
-        mol.UpdatePropertyCache(strict=False)
-        Chem.SanitizeMol(mol, Chem.SanitizeFlags.SANITIZE_ALL ^ Chem.SanitizeFlags.SANITIZE_PROPERTIES)
+        try:
+            Chem.SanitizeMol(mol)
+        except Chem.MolSanitizeException as error:
+            if not any_valence:
+                raise ValueError(f"expected possible valences and rings, got none: {error}") from None
+            mol.UpdatePropertyCache(strict=False)
+            Chem.SanitizeMol(mol, Chem.SanitizeFlags.SANITIZE_ALL ^ Chem.SanitizeFlags.SANITIZE_PROPERTIES)
+    except RuntimeError as error:  # such as a charge beyond the periodic table; of its lines the second is the reason
+        reason = str(error).splitlines()[:2][-1].strip()
+        raise ValueError(f"expected possible atoms and bonds, got others: {reason}") from None
 
 
 def _arrays(mol: Mol) -> dict[str, np.ndarray]:
@@ -427,9 +437,9 @@ def _xyz_atom(line: str) -> tuple[str, list[float]]:
 
 def _uncharacterized(path: Path) -> set[str]:
     """Ids (`gdb_58`) of the molecules whose geometry is not that of their SMILES: the first column of a table."""
-    lines = path.read_text().split("\n")
+    lines = path.read_text(errors="replace").split("\n")
     rules = [i for i, line in enumerate(lines) if line.startswith("===")]
-    numbers = [line.split()[0] for line in lines[rules[1] + 1 : rules[2]]] if len(rules) == 3 else []
+    numbers = [(line.split() or [""])[0] for line in lines[rules[1] + 1 : rules[2]]] if len(rules) == 3 else []
     if not numbers or not all(number.isdecimal() for number in numbers):
         raise ValueError(
             f"{path}: expected a table of molecules with rules of === above and below its heading and at its end, "
@@ -440,13 +450,15 @@ def _uncharacterized(path: Path) -> set[str]:
 
 def _raw_targets(path: Path) -> tuple[list[str], np.ndarray]:
     """Ids of all molecules of `gdb9.sdf.csv`, and their targets (G, 19) in the units of `TARGETS`."""
-    with path.open(newline="") as file:
+    ids, rows = [], []
+    with path.open(newline="", errors="replace") as file:
         reader = csv.DictReader(file, restval="")
-        missing = [column for column in ("mol_id", *RAW_COLUMNS) if column not in (reader.fieldnames or [])]
-        if missing:
-            raise ValueError(f"{path}: expected the columns of QM9, got none named {', '.join(missing)}")
-        ids, rows = [], []
-        for row in reader:
-            ids.append(row["mol_id"])
-            rows.append([_float(row[column], f"{path}: {row['mol_id']}: {column}") for column in RAW_COLUMNS])
+        try:
+            if missing := {"mol_id", *RAW_COLUMNS}.difference(reader.fieldnames or []):
+                raise ValueError(f"{path}: expected the columns of QM9, got none named {', '.join(sorted(missing))}")
+            for row in reader:
+                ids.append(row["mol_id"])
+                rows.append([_float(row[column], f"{path}: {row['mol_id']}: {column}") for column in RAW_COLUMNS])
+        except csv.Error as error:
+            raise ValueError(f"{path}: expected a table with commas, got a damaged one ({error})") from None
     return ids, np.array(rows).reshape(-1, len(RAW_COLUMNS)) * list(RAW_COLUMNS.values())

@@ -7,12 +7,13 @@ leaves room for the target; a validation or test simulation has one start frame 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from torch import LongTensor, Tensor
+from torch import Tensor
 
 from dataloader.cache import CacheError, CacheWriter, fingerprint, open_cache, same_content
 from dataloader.nbody_protocols import LAYOUT_VERSION, eval_start_frames
@@ -32,17 +33,19 @@ class NBodyBatch:
     displacement: Tensor  # (K, B·n, 3) positions at each of K target frames - positions
     velocity_change: Tensor  # (K, B·n, 3) velocities at each of K target frames - velocities
     rotations: Tensor  # (B·n·(n-1), 3, 3) edge frames of positions[dst] - positions[src]
-    src: LongTensor  # (B·n·(n-1),) node that an edge comes from
-    dst: LongTensor  # (B·n·(n-1),) node that an edge goes to
+    src: Tensor  # (B·n·(n-1),) node that an edge comes from
+    dst: Tensor  # (B·n·(n-1),) node that an edge goes to
     num_graphs: int  # B
     num_particles: int  # n
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> NBodyBatch:
         """The same batch on another device."""
-        values = (getattr(self, field.name) for field in fields(self))
-        return NBodyBatch(
-            *(value.to(device, non_blocking=non_blocking) if isinstance(value, Tensor) else value for value in values)
-        )
+        moved: dict[str, Any] = {
+            field.name: value.to(device, non_blocking=non_blocking)
+            for field in fields(self)
+            if isinstance(value := getattr(self, field.name), Tensor)
+        }
+        return replace(self, **moved)
 
 
 class NBodyDataset:
@@ -68,7 +71,9 @@ class NBodyDataset:
         device="cpu",
         rebuild: str = "python preprocess_nbody.py",
     ):
-        cache = open_cache(cache_dir, rebuild, {"layout": LAYOUT_VERSION} | (settings or {}))
+        prefix = f"{split}_"
+        settings = {"layout": LAYOUT_VERSION} | (settings or {})
+        cache = open_cache(cache_dir, rebuild, settings, verify=True, prefix=prefix)
         if split not in cache.sources:
             raise KeyError(f"{cache_dir}: expected one of the splits {', '.join(cache.sources)}, got {split!r}")
         _check_unchanged(cache.sources[split], cache.directory, rebuild)
@@ -76,11 +81,8 @@ class NBodyDataset:
         self.baselines: dict[str, float] = cache.info["baselines"][split]  # see `baseline_errors`
         self.interval: float = cache.info["interval"]  # simulated time from start to target
         self.split = split
-        prefix = f"{split}_"
         array = {
-            name.removeprefix(prefix): torch.from_numpy(values).to(device)
-            for name, values in cache.arrays.items()
-            if name.startswith(prefix)
+            name.removeprefix(prefix): torch.from_numpy(values).to(device) for name, values in cache.arrays.items()
         }
         # (S, F, n, 3) all frames; validation and test: F = delta_frames + 1, from the start to the target frame
         self.positions, self.velocities = array["positions"], array["velocities"]
@@ -96,9 +98,7 @@ class NBodyDataset:
         """Number of simulations S."""
         return len(self.positions)
 
-    def batch(
-        self, simulations: LongTensor, start_frames: LongTensor | None = None, num_targets: int = 1
-    ) -> NBodyBatch:
+    def batch(self, simulations: Tensor, start_frames: Tensor | None = None, num_targets: int = 1) -> NBodyBatch:
         """The graphs of some simulations at some start frames.
 
         Args:
@@ -150,7 +150,7 @@ class NBodyDataset:
         )
 
 
-def fully_connected_edges(n: int) -> tuple[LongTensor, LongTensor]:
+def fully_connected_edges(n: int) -> tuple[Tensor, Tensor]:
     """src and dst, (n·(n-1),) each, of all edges between n nodes without self loops, sorted by dst, then src."""
     dst, src = (~torch.eye(n, dtype=torch.bool)).nonzero().unbind(1)
     return src, dst
@@ -204,8 +204,8 @@ def add_split(writer: CacheWriter, split: str, data: dict, delta_frames: int, st
         rotations[begin * T : (begin + BLOCK) * T] = edge_frames(relative).unflatten(0, (-1, num_edges)).numpy()
         x, v = positions[block], velocities[block]
         errors.append(baseline_errors(x[:, :T], v[:, :T], x[:, -T:], v[:, -T:], interval, axis=(1, 2, 3)))
-        ends = [data[key][block][:, [0, -1]] for key in ("points", "vel")]
-        energy.append(sum(energies(*ends, data["charges"][block, :, 0])))  # (B, 2)
+        x_ends, v_ends = (data[key][block][:, [0, -1]] for key in ("points", "vel"))
+        energy.append(np.add(*energies(x_ends, v_ends, data["charges"][block, :, 0])))  # (B, 2)
     first, last = np.concatenate(energy).T
     return {
         "baselines": {key: float(np.concatenate([error[key] for error in errors]).mean()) for key in errors[0]},
@@ -241,7 +241,7 @@ def _check_unchanged(source: dict, directory: Path, rebuild: str):
         raise CacheError(path.resolve(), f"the file that {directory} was made from", "a changed one", rebuild)
 
 
-def _check_range(name: str, index: LongTensor, size: int):
+def _check_range(name: str, index: Tensor, size: int):
     """Raise IndexError unless all of 0 ≤ index < size."""
     if len(index) and (index.min() < 0 or index.max() >= size):
         raise IndexError(f"{name}: expected 0 … {size - 1}, which the cache holds, got {index.min()} … {index.max()}")

@@ -7,7 +7,7 @@ import numpy as np
 
 LAYOUT_VERSION = 1  # of the arrays in an N-body cache: raise it with every change of what `dataloader.nbody` writes
 
-PROTOCOLS = {
+PROTOCOLS: dict[str, dict[str, int | str]] = {
     # delta_frames: frames from start to target, 0.1 time units each;
     # eval_start_frames: where validation and test simulations start, see `eval_start_frames`
     "readme": {"delta_frames": 5, "eval_start_frames": "spread"},

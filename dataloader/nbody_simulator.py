@@ -68,7 +68,7 @@ def simulate(
     shapes = {"points": (NUM_FRAMES, 3, n_balls), "vel": (NUM_FRAMES, 3, n_balls), "clamp": (NUM_FRAMES, n_balls)}
     data = {key: np.empty((num_simulations, *shape)) for key, shape in shapes.items()}
 
-    workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     size = int(np.clip(-(-num_simulations // (4 * workers)), *BLOCK_SIZES))
     blocks = [slice(start, min(start + size, num_simulations)) for start in range(0, num_simulations, size)]
     tasks = [(points[block], velocities[block], charges[block], box_size) for block in blocks]
@@ -158,7 +158,8 @@ def _simulate_block(points, velocities, charges, box_size) -> tuple[np.ndarray, 
                 array[step // SAMPLE_FREQ - 1] = value
             hit[:] = False
         v += np.multiply(forces(x), DELTA_T, out=drift)
-    return tuple(np.moveaxis(array, -1, 0) for array in frames)
+    points, velocities, hits = (np.moveaxis(array, -1, 0) for array in frames)
+    return points, velocities, hits
 
 
 def _reflect(x: np.ndarray, v: np.ndarray, box_size: float) -> tuple[np.ndarray, np.ndarray]:
@@ -194,7 +195,7 @@ class _Forces:
         cube *= np.sqrt(cube, out=squares[0])
         pair_force *= np.divide(self.charge_products, cube, out=cube)
         total[:] = 0
-        for p, (i, j) in enumerate(self.pairs):  # every particle sums over the others in ascending order
-            total[:, i] += pair_force[:, p]
-            total[:, j] -= pair_force[:, p]
+        for p, (low, high) in enumerate(self.pairs):  # every particle sums over the others in ascending order
+            total[:, low] += pair_force[:, p]
+            total[:, high] -= pair_force[:, p]
         return np.clip(total, -MAX_FORCE, MAX_FORCE, out=total)

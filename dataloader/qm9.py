@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch import LongTensor, Tensor
+from torch import Tensor
 from tqdm import tqdm
 
 from dataloader.cache import fingerprint, open_cache
@@ -80,6 +80,7 @@ class QM9Batch:
 
     def turn(self, matrices: Tensor) -> QM9Batch:
         """Each molecule turned by a rotation matrix of (B, 3, 3)."""
+        assert self.graph.batch_num_edges is not None and self.graph.rel_pos is not None  # graphs of `QM9Dataset.batch`
         matrices = matrices.repeat_interleave(self.graph.batch_num_edges, dim=0, output_size=self.graph.num_edges)
         rel_pos = (matrices @ self.graph.rel_pos.unsqueeze(-1)).squeeze(-1)  # (E, 3)
         return replace(self, graph=replace(self.graph, rel_pos=rel_pos), rotations=edge_frames(rel_pos))
@@ -123,8 +124,8 @@ class QM9Dataset:
         self.settings, self.identity = settings, identity
         self.targets = on_cpu["targets"]  # (G, 19) float64 on the CPU, in the order and units of `TARGETS`
         # Sizes stay on the CPU, so that the shapes of a batch are known without asking the device.
-        self.num_nodes: LongTensor = on_cpu["node_offsets"].diff()  # (G,) atoms of each molecule
-        self.num_edges: LongTensor = on_cpu["edge_offsets"].diff()  # (G,)
+        self.num_nodes: Tensor = on_cpu["node_offsets"].diff()  # (G,) atoms of each molecule
+        self.num_edges: Tensor = on_cpu["edge_offsets"].diff()  # (G,)
         self._arrays = {name: values.to(device) for name, values in on_cpu.items()}
         self._num_nodes, self._num_edges = self.num_nodes.to(device), self.num_edges.to(device)
         one_hot = torch.cat([torch.eye(NUM_EDGE_FEATURES), torch.zeros(1, NUM_EDGE_FEATURES)])
@@ -157,14 +158,14 @@ class QM9Dataset:
             name: fingerprint(paths[name], source) if paths[name].exists() else source
             for name, source in recorded.items()
         }
-        cache = open_cache(cache_dir, rebuild, settings, present)
+        cache = open_cache(cache_dir, rebuild, settings, present, verify=True)
         return cls(cache.arrays, cache.settings, device, cache.identity)
 
     def __len__(self) -> int:
         """Number of molecules G."""
         return len(self.targets)
 
-    def batch(self, molecules: LongTensor) -> QM9Batch:
+    def batch(self, molecules: Tensor) -> QM9Batch:
         """Some molecules, in the order given.
 
         Args:
@@ -272,7 +273,7 @@ def graph_arrays(
     node_offsets, bond_offsets = offsets(molecules.n_node), offsets(molecules.n_edge)
     local = np.dtype(np.uint8 if molecules.n_node.max() <= 256 else np.int32)
     blocks = [slice(start, min(start + BLOCK, G)) for start in range(0, G, BLOCK)]
-    edges = {"num_edges": [], "src": [], "dst": [], "bond_type": []}
+    edge_parts: dict[str, list[np.ndarray]] = {"num_edges": [], "src": [], "dst": [], "bond_type": []}
     with tqdm(total=2 * G, desc=progress, unit="molecule", **bar_options(progress)) as bar:
         for block in blocks:
             nodes = slice(node_offsets[block.start], node_offsets[block.stop])
@@ -287,15 +288,15 @@ def graph_arrays(
                 graph,
                 radius,
             )
-            for (name, parts), values in zip(edges.items(), part, strict=True):
+            for (name, parts), values in zip(edge_parts.items(), part, strict=True):
                 parts.append(values.astype(local) if name in ("src", "dst") else values)
             bar.update(block.stop - block.start)
-        edges = {name: np.concatenate(parts) for name, parts in edges.items()}
+        edges = {name: np.concatenate(parts) for name, parts in edge_parts.items()}
 
         edge_offsets = offsets(edges.pop("num_edges"))
         if graph == "radius" and not edge_offsets[-1]:
             raise ValueError(f"radius: no two atoms are closer than {radius} Å; bonds are 1 to 1.6 Å long")
-        values = {
+        whole = {
             "node_offsets": node_offsets,
             "edge_offsets": edge_offsets,
             "node_attr": molecules.node_attr.astype(np.uint8),
@@ -303,8 +304,8 @@ def graph_arrays(
             **edges,
             "targets": molecules.targets.astype(np.float64),
         }
-        arrays = {name: create(name, value.shape, value.dtype) for name, value in values.items()}
-        for name, value in values.items():
+        arrays = {name: create(name, value.shape, value.dtype) for name, value in whole.items()}
+        for name, value in whole.items():
             arrays[name][:] = value
         arrays["rotations"] = create("rotations", (len(edges["src"]), 3, 3), np.dtype(np.float32))
         for block in blocks:
@@ -339,7 +340,7 @@ def _block_edges(n_node, positions, n_edge, src, dst, bond_type, graph: str, rad
     return num_edges, i[wanted], j[wanted], types[wanted]
 
 
-def split_molecules(targets_of_task: np.ndarray | Tensor, seed: int = 0) -> dict[str, LongTensor]:
+def split_molecules(targets_of_task: np.ndarray | Tensor, seed: int = 0) -> dict[str, Tensor]:
     """Molecules for training, validation and test, drawn at random: QM9 in file order is sorted by size.
 
     Args:
@@ -362,7 +363,7 @@ def split_molecules(targets_of_task: np.ndarray | Tensor, seed: int = 0) -> dict
     return {split: torch.from_numpy(part) for split, part in parts.items()}
 
 
-def length_balanced_batches(num_edges: Tensor, batch_size: int, generator: torch.Generator) -> list[LongTensor]:
+def length_balanced_batches(num_edges: Tensor, batch_size: int, generator: torch.Generator) -> list[Tensor]:
     """All molecules in random batches of nearly equal size that have about the same number of edges.
 
     From the longest molecules to the shortest, each batch gets one of a row of similar ones in turn, the batch with the
@@ -385,5 +386,4 @@ def length_balanced_batches(num_edges: Tensor, batch_size: int, generator: torch
         place = place[edges[place].argsort(stable=True)][: len(row)]  # (count,) the emptiest batch first
         edges[place] += num_edges[row]
         batches.append(torch.full((count,), -1).index_copy(0, place, row))
-    batches = torch.stack(batches, dim=1)  # (count, rows)
-    return [batch[batch >= 0] for batch in batches]
+    return [batch[batch >= 0] for batch in torch.stack(batches, dim=1)]  # (count, rows)

@@ -6,7 +6,6 @@ NumPy only: importing this file is quick.
 """
 
 import zipfile
-import zlib
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -18,6 +17,7 @@ RAW_FILES = ("gdb9.sdf", "gdb9.sdf.csv", "uncharacterized.txt")  # QM9 as it was
 GRAPHS = ("bonds", "radius", "complete")  # what is an edge: a bond, a pair closer than the radius, every pair
 ELEMENTS = ("H", "C", "N", "O", "F")
 ATOMIC_NUMBERS = np.array([1, 6, 7, 8, 9])  # of `ELEMENTS`, the order of the one-hot columns of `node_attr`
+LARGEST = 1e15  # of any coordinate and target: the squares of larger ones are not finite in float32
 
 
 @dataclass(frozen=True)
@@ -116,23 +116,32 @@ def load_molecules(path: str | Path, progress: str | None = None) -> Molecules:
         FileNotFoundError: there is no such file.
         ValueError: it holds something else; the message names file, array or molecule, what was expected and what came.
     """
-    path = Path(path)
-    path.stat()  # says so if the file is missing
-    if not zipfile.is_zipfile(path):
-        raise ValueError(f"{path}: expected an .npz file, got another or a truncated one")
     names = [field.name for field in fields(Molecules)]
-    with np.load(path, allow_pickle=False) as file:
-        if missing := [name for name in names if name not in file.files]:
+    with open(path, "rb") as file:
+        try:
+            archive = zipfile.ZipFile(file)
+        except Exception:  # a damaged file may raise anything
+            raise ValueError(f"{path}: expected an .npz file, got another or a truncated one") from None
+        if missing := [name for name in names if f"{name}.npy" not in archive.namelist()]:
             raise ValueError(f"{path}: expected the arrays {', '.join(names)}, got none named {', '.join(missing)}")
         arrays = {}
         for name in tqdm(names, desc=progress, unit="array", **bar_options(progress)):
             try:
-                arrays[name] = file[name]
-            except (ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+                arrays[name] = _read_array(archive, name)
+            except Exception as error:
                 raise ValueError(f"{path}: {name}: expected an array of numbers, got a damaged one ({error})") from None
     molecules = Molecules(**arrays)
     check_molecules(molecules, str(path))
     return molecules
+
+
+def _read_array(archive: zipfile.ZipFile, name: str) -> np.ndarray:
+    """An array of an .npz file; unlike `numpy.load` this compares its checksum, whatever size its header states."""
+    with archive.open(f"{name}.npy") as file:
+        array = np.lib.format.read_array(file, allow_pickle=False)
+        if file.read(1):  # the checksum is compared where an entry ends
+            raise ValueError("there is more than its header says")
+        return array
 
 
 def bar_options(progress: str | None) -> dict:
@@ -151,7 +160,7 @@ def check_molecules(molecules: Molecules, origin: str) -> None:
     n_node, n_edge = molecules.n_node.astype(np.int64), molecules.n_edge.astype(np.int64)
     starts = {"atom": offsets(n_node), "edge": offsets(n_edge)}
 
-    def require(good: np.ndarray, row: str, expected: str, came: np.ndarray):
+    def require(good: np.ndarray | np.bool_, row: str, expected: str, came: np.ndarray):
         """`good` and `came` have a row for each molecule, atom or edge."""
         if good.all():
             return
@@ -168,7 +177,8 @@ def check_molecules(molecules: Molecules, origin: str) -> None:
     require(good, "atom", "node_attr with one-hot H C N O F and the atomic number of one of them", attr[:, :6])
     good = ((attr >= 0) & (attr <= 255) & (attr == np.floor(attr))).all(1)
     require(good, "atom", "node_attr in whole numbers from 0 to 255", attr)
-    require(np.isfinite(positions).all(1), "atom", "finite coordinates in node_pos", positions)
+    good = (np.abs(positions) < LARGEST).all(1)
+    require(good, "atom", f"finite coordinates in node_pos, below {LARGEST:.0e}", positions)
     require(_apart(positions, n_node), "atom", "a place of its own in node_pos, which no other atom has", positions)
 
     src, dst = molecules.src.astype(np.int64), molecules.dst.astype(np.int64)
@@ -186,12 +196,13 @@ def check_molecules(molecules: Molecules, origin: str) -> None:
     good = ((bonds == 0) | (bonds == 1)).all(1) & (bonds.sum(1) == 1)
     require(good, "edge", "edge_attr one-hot single, double, triple, aromatic", bonds)
     require((bonds == bonds[opposite]).all(1), "edge", "the same edge_attr as the opposite edge", bonds)
-    require(~np.isinf(molecules.targets).any(1), "molecule", "targets that are numbers or NaN", molecules.targets)
+    good = ~(np.abs(molecules.targets) >= LARGEST).any(1)
+    require(good, "molecule", f"targets that are numbers below {LARGEST:.0e} or NaN", molecules.targets)
 
 
 def _check_shapes(molecules: Molecules, origin: str) -> None:
     """Raise ValueError unless types and shapes of all arrays are right and the sizes add up."""
-    sizes = {}
+    sizes: dict[str | int, int] = {}
     for name, (axes, kinds) in _SHAPES.items():
         array = getattr(molecules, name)
         if array.dtype.kind not in kinds:

@@ -3,12 +3,9 @@
 python -m examples.own_dataset  # seconds; checkpoints and logs in runs/own_dataset; run again, it only reports
 """
 
-from typing import NamedTuple
-
 import torch
-from torch import Tensor
 
-from se3_transformer.model import Fiber, Graph, SE3TransformerPooled
+from se3_transformer.model import Fiber, SE3TransformerPooled
 from se3_transformer.model.neighbors import fully_connected
 from se3_transformer.runtime.checkpoint import load_checkpoint
 from se3_transformer.runtime.trainer import Trainer
@@ -18,23 +15,15 @@ SETTINGS |= dict(max_grad_norm=1.0, ema_decay=0.9, accumulate=1, precision="floa
 TRAIN, VALIDATION, TEST = torch.arange(1400).split([1000, 200, 200])
 
 
-def make_cloud(size: int) -> tuple[Tensor, Tensor, Tensor]:
+def make_cloud(size):
     """Points (n, 3), their charges (n, 1), and their energy per point, to be learned. Put your own data here."""
     positions, charges = 1.5 * torch.randn(size, 3), 2.0 * torch.randint(2, (size, 1)) - 1
     return positions, charges, (charges * charges.T / (1 + torch.cdist(positions, positions))).sum() / size
 
 
-class Batch(NamedTuple):
-    graph: Graph
-    features: Tensor  # (N, 1, 1)
-    target: Tensor  # (B,)
-
-    def to(self, device, non_blocking=False):
-        return Batch(*(part.to(device, non_blocking=non_blocking) for part in self))
-
-
-class CloudTask(NamedTuple):  # what its methods are for: `se3_transformer.runtime.trainer.Task`
-    clouds: list
+class CloudTask:  # what its methods are for: `se3_transformer.runtime.trainer.Task`
+    def __init__(self, sizes):
+        self.clouds = [make_cloud(size) for size in sizes]
 
     def batches(self, epoch):
         return TRAIN[torch.randperm(len(TRAIN), generator=torch.Generator().manual_seed(epoch))].split(32)
@@ -42,10 +31,11 @@ class CloudTask(NamedTuple):  # what its methods are for: `se3_transformer.runti
     def load(self, examples):
         positions, features, targets = zip(*(self.clouds[i] for i in examples))
         graph = fully_connected(torch.cat(positions), sizes=[len(cloud) for cloud in positions])
-        return Batch(graph, torch.cat(features).unsqueeze(-1), torch.stack(targets))
+        return graph, torch.cat(features).unsqueeze(-1), torch.stack(targets)  # (N, 1, 1) and (B,)
 
     def loss(self, model, batch):
-        error = model(batch.graph, {"0": batch.features}) - batch.target
+        graph, features, targets = batch
+        error = model(graph, {"0": features}) - targets
         return error.square().mean(), {"mae": error.abs().mean()}
 
     def validate(self, model, examples=VALIDATION):
@@ -58,11 +48,11 @@ class CloudTask(NamedTuple):  # what its methods are for: `se3_transformer.runti
 
 if __name__ == "__main__":
     torch.manual_seed(0)
-    task = CloudTask([make_cloud(size) for size in torch.randint(4, 9, (1400,))])
+    task = CloudTask(torch.randint(4, 9, (1400,)))
     layers = dict(num_layers=2, num_heads=2, channels_div=2, tensor_cores=True)
     model = SE3TransformerPooled(Fiber({0: 1}), Fiber({0: 16}), Fiber({}), 2, 8, output_dim=1, pooling="avg", **layers)
     last, best = "runs/own_dataset/last.pt", "runs/own_dataset/best.pt"
     Trainer(model, task, SETTINGS, last, best, log_dir="runs/own_dataset", describe={}).train()
     model.load_state_dict(load_checkpoint(best)["model"])
-    mae, target = task.validate(model, TEST)["mae"], task.load(TEST).target
-    print(f"test error {mae:.3f}; of the mean of the test set {(target - target.mean()).abs().mean():.3f}")
+    mae, targets = task.validate(model, TEST)["mae"], task.load(TEST)[2]
+    print(f"test error {mae:.3f}; of the mean of the test set {(targets - targets.mean()).abs().mean():.3f}")

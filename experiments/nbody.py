@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from matplotlib.figure import Figure  # made without pyplot: needs no display, nothing to close
@@ -15,7 +16,7 @@ from dataloader.nbody import NBodyBatch, NBodyDataset
 from experiments.augment import random_turns, turn_matrices
 from se3_transformer.model import Fiber, Graph, SE3Transformer
 from se3_transformer.model.basis import edge_frames, wigner_blocks
-from se3_transformer.runtime.checkpoint import load_checkpoint
+from se3_transformer.runtime.checkpoint import CheckpointError, load_checkpoint
 from se3_transformer.runtime.distributed import rank, sum_over_processes, world_size
 
 RADIAL_RANGE = 0.05, 8.0  # distances at which the first and the last radial function peak
@@ -60,7 +61,9 @@ class NBodyNetwork(nn.Module):
     ):
         super().__init__()
         self.interval, self.box_size, self.num_iterations = interval, box_size, num_iterations
-        self.register_buffer("centers", torch.linspace(*map(math.log, RADIAL_RANGE), num_radial), persistent=False)
+        nearest, farthest = map(math.log, RADIAL_RANGE)
+        self.centers: Tensor
+        self.register_buffer("centers", torch.linspace(nearest, farthest, num_radial), persistent=False)
         self.transformer = SE3Transformer(
             num_layers=num_layers,
             **self.fibers(num_degrees, num_channels, 5 + 2 * num_radial),
@@ -70,7 +73,7 @@ class NBodyNetwork(nn.Module):
         )
 
     @staticmethod
-    def fibers(num_degrees: int, num_channels: int, num_edge_scalars: int) -> dict[str, Fiber]:
+    def fibers(num_degrees: int, num_channels: int, num_edge_scalars: int) -> dict[str, Any]:
         """Fibers of the transformer, with the names of its arguments."""
         return {
             "fiber_in": Fiber.create(num_degrees, 1),
@@ -150,7 +153,7 @@ class PlainNetwork(NBodyNetwork):
     """
 
     @staticmethod
-    def fibers(num_degrees: int, num_channels: int, num_edge_scalars: int) -> dict[str, Fiber]:
+    def fibers(num_degrees: int, num_channels: int, num_edge_scalars: int) -> dict[str, Any]:
         return {
             "fiber_in": Fiber({0: 4}),
             "fiber_hidden": Fiber({0: num_channels * num_degrees**2}),
@@ -242,7 +245,7 @@ class NBodyTask:
         return examples.split(self.batch_size)
 
     def load(self, examples: Tensor) -> NBodyBatch:
-        batch = self.train.batch(*examples[:, :2].unbind(1), num_targets=self.num_targets)
+        batch = self.train.batch(examples[:, 0], examples[:, 1], num_targets=self.num_targets)
         if self.augment == "none":
             return batch
         mirror, opposite = (1 - 2 * examples[:, 6:]).to(batch.charges).unbind(1)  # (B,) ±1
@@ -311,7 +314,7 @@ def turn(batch: NBodyBatch, matrices: Tensor) -> NBodyBatch:
 
 
 @torch.no_grad()
-def equivariance_error(model: nn.Module, batch: NBodyBatch) -> float:
+def equivariance_error(model: NBodyNetwork, batch: NBodyBatch) -> float:
     """How much turning the input, then predicting, differs from predicting, then turning: relative, Euclidean norm.
 
     Measured on the motion in free space, since walls do not turn.
@@ -342,7 +345,8 @@ def plot_trajectories(model: NBodyNetwork, dataset: NBodyDataset, num_panels: in
             axes.plot(*start[panel, particle, :2], "o", color=color, ms=6)
             axes.plot(*straight[panel, particle, :2], "+", color="0.6", ms=9)
             axes.plot(*predicted[panel, particle, :2], "x", color="black", ms=8, mew=1.8)
-        axes.set(title=f"simulation {simulations[panel].item()}", xlabel="x", ylabel="y", aspect="equal")
+        axes.set(title=f"simulation {simulations[panel].item()}", xlabel="x", ylabel="y")
+        axes.set_aspect("equal", adjustable="datalim")  # panels of one size
         axes.grid(alpha=0.3)
     handles = [
         figure.axes[0].plot([], [], "o-", color="tab:red", label="positive: start and true path")[0],
@@ -355,9 +359,18 @@ def plot_trajectories(model: NBodyNetwork, dataset: NBodyDataset, num_panels: in
 
 
 def load_network(path: str | Path) -> NBodyNetwork:
-    """The trained network of a checkpoint that `train_nbody.py` wrote, ready to predict."""
+    """The trained network of a checkpoint that `train_nbody.py` wrote, ready to predict.
+
+    Raises:
+        FileNotFoundError, CheckpointError: no usable checkpoint.
+    """
     content = load_checkpoint(path)
+    if not {"network", "model", "settings"} <= content.keys() or "interval" not in content["network"]:
+        raise CheckpointError(f"{path}: expected a checkpoint of train_nbody.py, got one with {', '.join(content)}")
     settings = {"network": "equivariant"} | content["network"]  # older ones do not name it
-    network = NETWORKS[settings.pop("network")](**settings)
-    network.load_state_dict(content["model"])
+    try:
+        network = NETWORKS[settings.pop("network")](**settings)
+        network.load_state_dict(content["model"])
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"{path}: weights that do not fit the settings beside them ({error})") from error
     return network.eval()

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from matplotlib.figure import Figure  # made without pyplot: needs no display, nothing to close
-from torch import LongTensor, Tensor, nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from dataloader.qm9 import (
@@ -42,7 +43,7 @@ AUGMENTATIONS = ("none", "rotations")
 REFERENCES = ("none", "fit", "atoms")
 
 
-def build_network(settings: Mapping[str, object]) -> SE3TransformerPooled:
+def build_network(settings: Mapping[str, Any]) -> SE3TransformerPooled:
     """The network of some settings (`NETWORK_SETTINGS`): atom types in, one number per molecule out."""
     return SE3TransformerPooled(
         fiber_in=Fiber({0: NUM_NODE_FEATURES}),
@@ -82,7 +83,7 @@ class QM9Task:
         self,
         dataset: QM9Dataset,
         task: str,
-        split: Mapping[str, LongTensor],
+        split: Mapping[str, Tensor],
         max_degree: int,
         batch_size: int,
         seed: int,
@@ -109,7 +110,7 @@ class QM9Task:
             )
         self._standardised = ((rest - self.mean) / self.std).float().to(dataset.device)  # (G,)
 
-    def batches(self, epoch: int) -> Sequence[LongTensor]:
+    def batches(self, epoch: int) -> Sequence[Tensor]:
         """For every batch of an epoch (B, 1) molecules; if they are turned (B, 5), with four numbers for a rotation."""
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
         if self.balanced:
@@ -121,7 +122,7 @@ class QM9Task:
             return batches
         return [torch.cat([batch, random_turns(len(batch), generator)], dim=1) for batch in batches]
 
-    def load(self, examples: LongTensor) -> QM9Batch:
+    def load(self, examples: Tensor) -> QM9Batch:
         """A batch of molecules whose `targets` are (B,) what the network is to predict."""
         batch = self.dataset.batch(examples[:, 0])
         batch = replace(batch, targets=self._standardised[examples[:, 0].to(self._standardised.device)])
@@ -153,7 +154,7 @@ class QM9Task:
         return {"task": self.target.name, "max_degree": self.max_degree} | values | graph
 
 
-def fit_reference(dataset: QM9Dataset, task: str, molecules: LongTensor, kind: str) -> list[float]:
+def fit_reference(dataset: QM9Dataset, task: str, molecules: Tensor, kind: str) -> list[float]:
     """What an atom of each element of `ELEMENTS` contributes to a target, in the unit that is stored.
 
     Args:
@@ -195,14 +196,14 @@ def contributions(reference: Sequence[float], dataset: QM9Dataset) -> Tensor:
     return dataset.element_counts @ torch.tensor(reference, dtype=torch.float64)
 
 
-def expected_without_network(info: Mapping[str, object], dataset: QM9Dataset, molecules: LongTensor) -> Tensor:
+def expected_without_network(info: Mapping[str, Any], dataset: QM9Dataset, molecules: Tensor) -> Tensor:
     """(G,) what is known of a target without looking at structures: the mean over the training molecules, and what the
     elements contribute.
     """
     return info["mean"] + contributions(info["reference"], dataset)[molecules]
 
 
-def check_same_data(info: Mapping[str, object], dataset: QM9Dataset, checkpoint: str) -> None:
+def check_same_data(info: Mapping[str, Any], dataset: QM9Dataset, checkpoint: str) -> None:
     """Raise ValueError unless a network was trained on this very data set: with another, the splits would differ."""
     if info["data"] != dataset.identity:
         graph = {key: info[key] for key in ("graph", "radius") if info[key] is not None}
@@ -214,7 +215,7 @@ def check_same_data(info: Mapping[str, object], dataset: QM9Dataset, checkpoint:
 
 @torch.no_grad()
 def predict(
-    network: nn.Module, info: Mapping[str, object], dataset: QM9Dataset, molecules: LongTensor, batch_size: int = 256
+    network: nn.Module, info: Mapping[str, Any], dataset: QM9Dataset, molecules: Tensor, batch_size: int = 256
 ) -> Tensor:
     """Predictions of a network for some molecules, shared by all processes.
 

@@ -5,12 +5,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 
 ROOT = Path(__file__).parent.parent
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
 torch.set_num_threads(1)  # the tensors of the tests are so small that threads only wait for each other
+
+# Properties: quick and the same each time, unless pytest gets --hypothesis-profile=thorough.
+settings.register_profile("quick", max_examples=10, derandomize=True, database=None, deadline=None)
+settings.register_profile("thorough", max_examples=2000, deadline=None)
+settings.load_profile("quick")
 
 
 @pytest.fixture(autouse=True)

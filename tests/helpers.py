@@ -1,10 +1,12 @@
-"""Samples (graph + features), rotations, comparisons. One place says how close is close enough: `TOLERANCE`."""
+"""Samples (graph + features), rotations, comparisons, refusals; how close is close enough says `TOLERANCE` alone."""
 
 from __future__ import annotations
 
+import re
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
+import pytest
 import torch
 from e3nn import o3
 
@@ -60,6 +62,16 @@ def assert_finite(tensors, what="output"):
         if t is not None and not t.isfinite().all()
     ]
     assert not bad, f"{what}\n  " + "\n  ".join(bad)
+
+
+@contextmanager
+def refused(*parts, error=ValueError):
+    """The block raises `error`, and its message has every part (regular expressions)."""
+    with pytest.raises(error) as caught:
+        yield
+    message = str(caught.value)
+    missing = [part for part in parts if not re.search(part, message)]
+    assert not missing, f"{missing} not in the message {message!r}"
 
 
 # ---------------------------------------------------------------------------------------------------------- rotations

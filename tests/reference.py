@@ -14,7 +14,7 @@ from functools import cache
 
 import torch
 from e3nn import o3
-from torch.nn.functional import group_norm, layer_norm, linear, relu
+from torch.nn.functional import layer_norm, linear, relu
 
 NORM_CLAMP = 2**-24  # lower bound of |x| in the norm layer
 
@@ -259,7 +259,7 @@ def norm(state, features):
     degrees = sorted(features, key=int)
     if "group_norm.weight" in state:
         together = torch.cat([sizes[l] for l in degrees], dim=1)
-        together = group_norm(together, len(degrees), state["group_norm.weight"], state["group_norm.bias"])
+        together = torch.group_norm(together, len(degrees), state["group_norm.weight"], state["group_norm.bias"])
         new = dict(zip(degrees, together.chunk(len(degrees), dim=1)))
     else:
         new = {
@@ -304,8 +304,8 @@ def transformer(state, fibers, layers, norm_layers, node_feats, edge_feats, edge
 
 
 def pooled(features, batch_num_nodes, how):
-    """(N, C, M) -> (B, C, M), or (B, C) for degree 0: maximum or mean over the nodes of each graph."""
-    reduce = {"max": lambda x: x.max(dim=0).values, "avg": lambda x: x.mean(dim=0)}[how]
+    """(N, C, M) -> (B, C, M), or (B, C) for degree 0: maximum, mean or sum over the nodes of each graph."""
+    reduce = {"max": lambda x: x.max(dim=0).values, "avg": lambda x: x.mean(dim=0), "sum": lambda x: x.sum(dim=0)}[how]
     graphs = torch.stack([reduce(x) for x in features.split(batch_num_nodes.tolist())])
     return graphs.squeeze(-1)
 

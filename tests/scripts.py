@@ -21,6 +21,12 @@ class Done:
     stdout: str
     stderr: str
 
+    def assert_refused(self, *parts: str) -> None:
+        """The script ended with a message that has every part, not with a traceback."""
+        assert self.returncode != 0 and "Traceback" not in self.stderr, self.stderr
+        missing = [part for part in parts if part not in self.stderr]
+        assert not missing, f"{missing} not in {self.stderr!r}"
+
 
 def run(script: str, *flags: str, cwd: Path) -> Done:
     """Run a script as the command line would, but in this process: importing torch anew takes longer than training."""

@@ -22,17 +22,22 @@ def rows(output: str) -> list[list[str]]:
     return [[cell.strip() for cell in line] for line in lines if "--" not in line[0]]
 
 
-STEP_FLAGS = (*SMALL, *"--threads 1 --rounds 1 --molecules 2 --simulations 2 --nodes 5 --edges 16,32".split())
+STEP_FLAGS = (
+    *SMALL,
+    *"--threads 1 --rounds 1 --molecules 2 --simulations 2 --residues 6 --nodes 5 --edges 16,32".split(),
+)
 
 
 def test_step(tmp_path):
-    parts = "convolution,bonded,directed,complete,large,nbody,scaling"
+    parts = "convolution,bonded,directed,complete,large,nbody,protein,scaling"
     done = run("benchmarks/step.py", *STEP_FLAGS, "--parts", parts, "--precisions", "float32", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert all(f"- {fact}: " in done.stdout for fact in ("command", "commit", "torch", "processor", "threads"))
     found = [row for row in rows(done.stdout) if row[0] in ("ours float32", "yardstick float32")]
-    assert len(found) == 5 * 2 + 2 * 2  # five comparisons, two sizes
+    assert len(found) == 6 * 2 + 2 * 2 + 2  # six comparisons, two sizes, the loss of the protein network
     assert all(float(cell.replace(",", "")) > 0 for row in found for cell in row[1:4])
+    ours, yardstick = ([float(loss) for loss in row[1:]] for row in found if len(row) == 3)
+    assert ours == pytest.approx(yardstick, rel=1e-4) and ours[1] < ours[0], "ten steps, from the same weights"
     assert sum(row[0].startswith("ours, low_memory=") for row in rows(done.stdout)) == 2
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import inspect
 import warnings
+from collections.abc import Generator
 
 import pytest
 import reference
@@ -39,7 +40,7 @@ from se3_transformer.runtime import utils
         Fiber({0: 16, 1: 3}),
         {0: 16, 1: 3, 2: 0},
     ],
-    ids=str,
+    ids=lambda structure: "generator" if isinstance(structure, Generator) else str(structure),
 )
 def test_ways_to_make_a_fiber(structure):
     fiber = Fiber(structure)

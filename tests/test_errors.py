@@ -3,27 +3,16 @@
 from __future__ import annotations
 
 import re
-from contextlib import contextmanager
 
 import pytest
 import torch
-from helpers import random_sample
+from helpers import random_sample, refused
 
 from se3_transformer.model import Fiber, Graph, SE3Transformer, SE3TransformerPooled
 from se3_transformer.model.basis import get_basis
 from se3_transformer.model.layers import AttentionBlockSE3, ConvSE3, GPooling, LinearSE3
 
 FIBER_IN, FIBER_EDGE = {0: 3, 1: 2}, {0: 2, 1: 1}
-
-
-@contextmanager
-def refused(*parts, error=ValueError):
-    """The block raises `error`, and its message has every part (regular expressions)."""
-    with pytest.raises(error) as caught:
-        yield
-    message = str(caught.value)
-    missing = [part for part in parts if not re.search(part, message)]
-    assert not missing, f"{missing} not in the message {message!r}"
 
 
 def build(**options):

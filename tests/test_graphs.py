@@ -9,8 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import assert_equivariant, assert_same, random_rotation, random_sample
-from test_errors import refused
+from helpers import assert_equivariant, assert_same, random_rotation, random_sample, refused
 
 from se3_transformer.model import Fiber, Graph, SE3Transformer
 from se3_transformer.model.graph import as_graph

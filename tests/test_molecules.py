@@ -168,6 +168,10 @@ BAD_RECORDS = {
     ),
     "same place": (molblock("O H H", [*WATER[:2], WATER[1]], WATER_BONDS), "apart, got 0.000 Å between atoms 2 and 3"),
     "other bond": (molblock("O H H", WATER, [(1, 2, 1), (1, 3, 8)]), "bonds SINGLE, DOUBLE, TRIPLE, AROMATIC, got"),
+    "charge beyond all elements": (
+        molblock("O H H", WATER, WATER_BONDS).replace("O   0  0", "O   0120", 1),
+        "expected possible atoms and bonds, got others: Atomic number not found",
+    ),
     "cut off": (molblock("O H H", WATER, WATER_BONDS)[:120], r"expected a record in SDF, got a damaged one \(EOF hit"),
 }
 
@@ -401,6 +405,10 @@ RAW_FAULTS = {
     "list": (
         lambda d: (d / "uncharacterized.txt").write_text((d / "uncharacterized.txt").read_text()[:-90]),
         r"uncharacterized\.txt: expected a table .* or a truncated file",
+    ),
+    "empty line in the list": (
+        change("uncharacterized.txt", f"{7:8}" + "    C(=O)N" * 3 + "    6.036217", ""),
+        r"uncharacterized\.txt: expected a table",
     ),
     "list entry": (change("uncharacterized.txt", "  7  ", "  x  "), r"uncharacterized\.txt: expected a table"),
 }  # fmt: skip

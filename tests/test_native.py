@@ -10,10 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import assert_same, gradients
+from battery import varied
+from helpers import assert_same, gradients, random_sample
 from test_convolution import CASES, SOME, build, build_sample, call
 
-from se3_transformer.model.layers import contraction, native
+from se3_transformer.model import Fiber, Graph
+from se3_transformer.model.basis import ForwardBasis, get_basis
+from se3_transformer.model.layers import AttentionBlockSE3, ConvSE3, NormSE3, native
+from se3_transformer.model.transformer import get_populated_edge_features
 
 TOLERANCE = 2e-5  # of single precision, second derivatives included
 
@@ -29,16 +33,18 @@ def test_equals_pytorch(name, use_layer_norm, monkeypatch):
     calls = []
     monkeypatch.setattr(native, "call", lambda *args, call=native.call: (calls.append(args[0]), call(*args)))
     found, found_grads = gradients(lambda s: call(conv, s), sample, conv.named_parameters())
-    assert set(calls) == {f"{part}_{way}" for part in ("radial", "contraction") for way in ("forward", "backward")}
-    monkeypatch.setattr(native, "fits", lambda *_: False)
-    expected, expected_grads = gradients(lambda s: call(conv, s), sample, conv.named_parameters())
+    both_ways = {f"{part}_{way}" for part in ("radial", "weights", "contraction") for way in ("forward", "backward")}
+    rotations = {"rotate_in", "rotate_out", "group_edges"} | ({"rotate_blocks"} if conv.max_degree else set())
+    assert set(calls) == both_ways | rotations
+    with native.switched_off():
+        expected, expected_grads = gradients(lambda s: call(conv, s), sample, conv.named_parameters())
     assert_same(found, expected, TOLERANCE, "values")
     assert_same(found_grads, expected_grads, TOLERANCE, "gradients")
 
 
 @needs_compiler
 @pytest.mark.parametrize("name", SOME)
-def test_second_derivatives(name, monkeypatch):
+def test_second_derivatives(name):
     case = CASES[name]
     conv, sample = build(case).float(), build_sample(case).to(torch.float32)
 
@@ -49,9 +55,9 @@ def test_second_derivatives(name, monkeypatch):
         return torch.autograd.grad(force.square().sum(), [positions, *conv.parameters()], materialize_grads=True)
 
     found = second()
-    monkeypatch.setattr(native, "fits", lambda *_: False)
-    for number, (value, expected) in enumerate(zip(found, second(), strict=True)):
-        assert_same(value, expected, 10 * TOLERANCE, f"second derivative {number}")
+    with native.switched_off():
+        expected = second()
+    assert_same(dict(enumerate(found)), dict(enumerate(expected)), 10 * TOLERANCE, "second derivatives")
 
 
 @needs_compiler
@@ -59,18 +65,67 @@ def test_second_derivatives(name, monkeypatch):
 @pytest.mark.parametrize("rows", [0, 1, 31, 33, 100])
 def test_numbers_of_edges(rows, share):
     """Blocks that are not full, no blocks at all; edges that share a row of the hidden layer."""
-    terms = native.terms((((0, 1), (0, 1)),), (((0, 1), 3),), (((0, 1), 2),))
-    x, hidden = torch.randn(rows * share, 4, 3), torch.randn(rows, 1, native.HIDDEN)
-    weights = [torch.randn(1, 2, 2, 2, 3, 32), torch.randn(2, 1, 2, 1, 3, 32)]
+    conv = ConvSE3(Fiber.create(2, 3), Fiber.create(2, 2), pool=False, max_degree=1)
+    src, rel_pos = torch.randint(5, (rows * share,)), torch.randn(rows * share, 3)
+    graph = Graph(src, src, rel_pos=rel_pos, num_nodes=5)
+    nodes, scalars = {"0": torch.randn(5, 3, 1), "1": torch.randn(5, 3, 3)}, torch.randn(rows, 1, 1)
+    edges, basis = {"0": scalars.repeat_interleave(share, 0)}, ForwardBasis(get_basis(rel_pos, 1), in_pairs=share == 2)
+    found = conv(nodes, edges, graph, basis)
+    with native.switched_off():
+        assert_same(found, conv(nodes, edges, graph, basis), TOLERANCE, "values")
 
-    def by_torch(x, hidden, weights):
-        h, (rows_in,) = hidden[:, 0], x
-        zero = contraction.contract(contraction.RadialWeightsFirst, rows_in[:, :2].flatten(1)[:, None], h, weights[0])
-        one = contraction.contract(contraction.RadialWeightsFirst, rows_in[:, 2:], h, weights[1])
-        return [torch.cat([zero.unflatten(2, (2, 2)).squeeze(1), one], dim=1)]
 
-    (found,) = contraction.contract_natively(terms, [x], hidden, weights, [(4, 2)], by_torch)
-    assert_same(found, by_torch([x], hidden, weights)[0], TOLERANCE)
+@needs_compiler
+@pytest.mark.parametrize("fiber_in", [{0: 4, 1: 4}, {0: 3}, {0: 2, 1: 5}])
+@pytest.mark.parametrize("channels", [(4, 4), (4, 6)])
+def test_attention_and_norm(channels, fiber_in, monkeypatch):
+    """Keys and values in one tensor or apart, degrees with the same or other channels, nodes without edges."""
+    fiber = Fiber(dict(enumerate(channels)))
+    block = varied(AttentionBlockSE3(Fiber(fiber_in), fiber, num_heads=2, channels_div=1, max_degree=1))
+    norm = varied(NormSE3(fiber))
+    both = torch.nn.ModuleList([block, norm]).float()
+    sample = random_sample(fiber_in, nodes=(6, 1, 9), edges=(20, 0, 11), dtype=torch.float32)
+    calls = []
+    monkeypatch.setattr(native, "call", lambda *args, call=native.call: (calls.append(args[0]), call(*args)))
+
+    def results(second):
+        inputs = {degree: feature.clone().requires_grad_() for degree, feature in sample.node_feats.items()}
+        edges = get_populated_edge_features(sample.rel_pos)
+        out = norm(block(inputs, edges, graph=sample.graph, basis=get_basis(sample.rel_pos, 1)))
+        wanted = [*inputs.values(), *both.parameters()]
+        loss = sum((x * torch.linspace(-1, 2, x.numel()).view_as(x)).square().sum() for x in out.values())
+        grads = torch.autograd.grad(loss, wanted, create_graph=second)
+        if second:
+            grads = torch.autograd.grad(sum(x.square().sum() for x in grads), wanted, materialize_grads=True)
+        return out, dict(enumerate(grads))
+
+    for second in (False, True):
+        out, grads = results(second)
+        with native.switched_off():
+            expected, expected_grads = results(second)
+        assert_same(out, expected, TOLERANCE, "values")
+        assert_same(grads, expected_grads, 10 * TOLERANCE, f"gradients, second: {second}")
+    assert {f"{part}_{way}" for part in ("attention", "norm") for way in ("forward", "backward")} <= set(calls)
+
+
+@needs_compiler
+def test_refuses_what_would_be_read_out_of_bounds():
+    conv, rel_pos = ConvSE3(Fiber.create(2, 3), Fiber.create(2, 2), max_degree=1), torch.randn(4, 3)
+    edges, basis = {"0": torch.randn(4, 1, 1)}, get_basis(rel_pos, 1)
+    graph = Graph(torch.tensor([0, 1, 2, 2]), torch.tensor([1, 0, 1, 0]), rel_pos=rel_pos, num_nodes=3)
+
+    def nodes(count=3, channels=3):
+        return {"0": torch.randn(count, 3, 1), "1": torch.randn(count, channels, 3)}
+
+    conv(nodes(), edges, graph, basis)
+    with pytest.raises(ValueError, match=r"expected a feature .* \(3, 3, 3\), got \(3, 2, 3\)"):
+        conv(nodes(channels=2), edges, graph, basis)
+    with pytest.raises(ValueError, match=r"expected a .* Wigner block \(4, 1, 1\), got \(3, 1, 1\)"):
+        conv(nodes(), edges, graph, get_basis(rel_pos[:3], 1))
+    with pytest.raises(ValueError, match="expected 4 rows, one for each edge, got degree 0 as .2, 1, 1."):
+        conv(nodes(), {"0": torch.randn(2, 1, 1)}, graph, basis)
+    with pytest.raises(IndexError, match="negative or not below their number"):
+        conv(nodes(count=2), edges, graph, basis)
 
 
 @needs_compiler
@@ -94,11 +149,10 @@ def test_threads():
 @needs_compiler
 def test_what_it_is_not_for():
     x = torch.randn(4, 1, 3)
-    assert native.fits(x, 32)
-    assert native.fits(x.bfloat16(), 32)  # of autocast; the sums are in single precision
-    assert not native.fits(x.double(), 32)
-    assert not native.fits(x.to("meta"), 32)
-    assert not native.fits(x, 16)
+    assert native.fits(x)
+    assert native.fits(x.bfloat16())  # of autocast; the sums are in single precision
+    assert not native.fits(x.double())
+    assert not native.fits(x.to("meta"))
 
 
 @needs_compiler

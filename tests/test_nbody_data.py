@@ -195,7 +195,8 @@ def test_files_come_back(tmp_path):
     assert_same_simulations(pickle.loads(path.read_bytes()), data)
     assert describe_simulations(path)["simulated"] == how
     dump(path, made_up(S=4))
-    assert describe_simulations(path)["simulated"] is None, "a changed file passes for ours"
+    with pytest.raises(ValueError, match=r"file\.pkl: expected the file that file\.pkl\.json describes, got another"):
+        describe_simulations(path)
     (tmp_path / "new" / "file.pkl.json").write_text("{")
     with pytest.raises(ValueError, match=r"file\.pkl\.json: expected the note on how file\.pkl was simulated"):
         describe_simulations(path)
@@ -276,9 +277,9 @@ def with_nan(points):
     (with_entry("clamp", lambda a: a[:, 1:]), r"clamp: expected shape \(3, 12, 4\), got \(3, 11, 4\)"),
     (with_entry("E", lambda a: a[1:]), r"E: expected shape \(12\), got \(11,\)"),
     (with_entry("delta_T", lambda a: np.ones(2)), r"delta_T: expected shape \(\), got \(2,\)"),
-    (with_entry("points", with_nan), r"points: expected finite numbers, got nan at \(1, 2, 0, 3\)"),
-    (with_entry("sample_freq", lambda a: math.inf), r"sample_freq: expected finite numbers, got inf at \(\)"),
-    (with_entry("vel", lambda a: a.astype(object)), r"vel: expected numbers, got object"),
+    (with_entry("points", with_nan), r"points: expected finite numbers below 1e\+15, got nan at \(1, 2, 0, 3\)"),
+    (with_entry("sample_freq", lambda a: math.inf), r"sample_freq: expected finite numbers below .*, got inf at \(\)"),
+    (with_entry("vel", lambda a: a.astype(object)), r"vel: expected numbers, got O8"),
     (with_entry("vel", lambda a: a.tolist()), r"vel: expected numbers, got list"),
     (with_entry("delta_T", lambda a: "0.001"), r"delta_T: expected numbers, got str"),
     (with_entry("delta_T", lambda a: 0), r"expected delta_T and sample_freq above 0, got 0 and 100"),

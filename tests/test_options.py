@@ -33,7 +33,7 @@ def slow_self_interaction(state, kind, features):
         net = reference.sub(state, f"networks.{degree}.")
         nodes = []
         for x in features[degree]:  # (C, M)
-            products = torch.stack([(a * b).sum() for a in x for b in x])
+            products = torch.einsum("am,bm->ab", x, x).flatten()
             hidden = torch.nn.functional.layer_norm(products, products.shape, net["0.weight"], net["0.bias"])
             hidden = (net["1.weight"] @ hidden + net["1.bias"]).relu()
             weights = net["3.weight"] @ hidden + net["3.bias"]
@@ -56,14 +56,16 @@ def slow_convolution(state, fibers, x, edge_feats, edges, options, self_interact
         fiber_edge = fiber_edge + Fiber({1: 1})
     own_row = torch.arange(len(src)), dst, rel_pos
     out = reference.convolution(state, fiber_in, fiber_out, fiber_edge, source, edge_feats, own_row, pool=False)
+    own = {}
+    if self_interaction:
+        named = reference.sub(state, "to_kernel_self.")
+        if self_interaction == "linear":
+            named = {f"weights.{degree}": weight for degree, weight in named.items()}
+        own = slow_self_interaction(named, self_interaction, x)
+    if own and options["self_interaction_per"] == "edge":
+        out = {degree: messages + own[degree][dst] if degree in own else messages for degree, messages in out.items()}
     if not pool:
         return out
-    named = reference.sub(state, "to_kernel_self.")
-    if self_interaction == "linear":
-        named = {f"weights.{degree}": weight for degree, weight in named.items()}
-    own = slow_self_interaction(named, self_interaction, x)
-    if options["self_interaction_per"] == "edge":
-        out = {degree: messages + own[degree][dst] if degree in own else messages for degree, messages in out.items()}
     pooled = {}
     for degree, messages in out.items():
         pooled[degree] = reference.sum_incoming(messages, dst, len(next(iter(x.values()))))
@@ -90,7 +92,8 @@ def slow_block(state, fibers, num_heads, channels_div, x, edge_feats, edges, opt
         out = {degree: torch.cat([z, x[degree]], dim=1) if degree in x else z for degree, z in out.items()}
     out = slow_self_interaction(reference.sub(state, "project."), self_interaction, out)
     if skip == "sum":
-        for degree, feature in x.items():
+        for degree in x.keys() & out.keys():
+            feature = x[degree]
             room = out[degree].shape[1] - feature.shape[1]
             nothing = feature.new_zeros(len(feature), room, feature.shape[2])
             out[degree] = out[degree] + torch.cat([feature, nothing], dim=1)
@@ -152,8 +155,8 @@ class ConvOptionsBattery(test_layers.ConvBattery):
         fibers = self.fiber_in, self.fiber_out, self.fiber_edge
         edge_feats = reference.with_distance(sample.edge_feats, sample.rel_pos)
         options = {"aggregation": "sum", "self_interaction_per": "edge", **self.options}
-        kind = self.options["self_interaction"]
-        return slow_convolution(state, fibers, sample.node_feats, edge_feats, sample.edges, options, kind)
+        kind, pool = self.options["self_interaction"], self.options.get("pool", True)
+        return slow_convolution(state, fibers, sample.node_feats, edge_feats, sample.edges, options, kind, pool)
 
 
 class TestConvCat(ConvOptionsBattery):
@@ -232,6 +235,7 @@ class OptionsBattery(ModelBattery):
 
     def slow(self, state, sample):
         options = {
+            "norm": True,
             "norm_type": "norm",
             "self_interaction": "linear",
             "skip": "cat",
@@ -256,8 +260,10 @@ class OptionsBattery(ModelBattery):
                 options["skip"],
                 options["self_interaction"],
             )
-            x = slow_norm(reference.sub(state, f"graph_modules.{step + 1}."), options["norm_type"], x)
-            fiber, step = fiber_hidden, step + 2
+            fiber, step = fiber_hidden, step + 1
+            if options["norm"]:
+                x = slow_norm(reference.sub(state, f"graph_modules.{step}."), options["norm_type"], x)
+                step += 1
         last, fibers = reference.sub(state, f"graph_modules.{step}."), (fiber, fiber_out, fiber_edge)
         kind = options["last_self_interaction"]
         if options.get("last_layer") == "attention":
@@ -290,10 +296,6 @@ class TestCleanLastConvolution(OptionsBattery):
 class TestSumOverNodes(ModelBattery):
     rows, options = "graphs", {"return_type": 0, "pooling": "sum"}
     num_layers = 1
-
-    def reference(self, state, sample):
-        nodes = self.slow(state, sample)["0"].split(sample.num_nodes.tolist())
-        return {"0": torch.stack([features.sum(dim=0) for features in nodes])}
 
 
 def build(**options):

@@ -8,8 +8,7 @@ import pytest
 import reference
 import torch
 from battery import varied
-from helpers import assert_same, random_sample
-from test_errors import refused
+from helpers import assert_same, random_sample, refused
 from torch import nn
 
 from se3_transformer.model import Fiber, SE3Transformer, SE3TransformerPooled

@@ -23,6 +23,7 @@ import math
 import warnings
 from collections.abc import Callable
 from functools import cache, wraps
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor
@@ -98,6 +99,28 @@ def edge_frames(relative_pos: Tensor) -> Tensor:
     return frames.unflatten(-1, (3, 3))
 
 
+def constant(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A function of hashable arguments, evaluated once for each; torch.compile takes what it returns as it is.
+
+    Of a function that is only cached, torch.compile would trace the inside. It finds the values as attributes.
+    """
+    values = SimpleNamespace()
+    names: dict[tuple, str] = {}
+
+    @torch.compiler.assume_constant_result
+    def name_of(*args) -> str:
+        if args not in names:
+            names[args] = f"value_{len(names)}"
+            setattr(values, names[args], function(*args))
+        return names[args]
+
+    @wraps(function)
+    def lookup(*args) -> Tensor:
+        return getattr(values, name_of(*args))
+
+    return lookup
+
+
 @cache
 def clebsch_gordan(degree_1: int, degree_2: int, degree_3: int) -> Tensor:
     """Coupling of three degrees, float64 (2·l1+1, 2·l2+1, 2·l3+1), of norm 1 (e3nn's `o3.wigner_3j`)."""
@@ -106,7 +129,7 @@ def clebsch_gordan(degree_1: int, degree_2: int, degree_3: int) -> Tensor:
     return o3.wigner_3j(degree_1, degree_2, degree_3, dtype=torch.float64)
 
 
-@cache
+@constant
 def _wigner_step(degree: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Constant T with vec(D_l) = vec(vec(D_{l-1}) vec(D_1)^T) T: (9·(2l-1)², (2l+1)²)."""
     dim = 2 * degree + 1
@@ -220,7 +243,7 @@ def frame_kernels(degree_in: int, degree_out: int) -> tuple[Tensor, Tensor]:
     return torch.stack(a, dim=1), torch.stack(b, dim=1)
 
 
-@cache
+@constant
 def order_rows(degrees: tuple[int, ...], device: torch.device) -> Tensor:
     """Where each row of `frame_matrix` lies among the rows (degree, m) ordered by degree, int64 (rows,)."""
     starts, start = {}, 0

@@ -29,7 +29,7 @@ class Fiber(dict):
         ValueError: a degree or a number of channels is not a whole number >= 0, or a degree comes twice.
     """
 
-    def __init__(self, structure: Mapping[int | str, int] | Iterable[tuple[int | str, int]] = ()):
+    def __init__(self, structure: Mapping[int, int] | Mapping[str, int] | Iterable[tuple[int | str, int]] = ()):
         channels_of: dict[int, int] = {}
         for pair in structure.items() if isinstance(structure, Mapping) else structure:
             try:
@@ -90,7 +90,7 @@ class Fiber(dict):
             return Fiber([(degree, channels + other) for degree, channels in self.structure])
         return Fiber([(degree, self[degree] + other[degree]) for degree in {*self.degrees, *other.degrees}])
 
-    def __hash__(self) -> int:
+    def __hash__(self) -> int:  # type: ignore[override]  # a dict has none
         return hash(tuple(self.structure))
 
     def __reduce__(self):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -12,6 +12,8 @@ from torch import Tensor
 if TYPE_CHECKING:
     import dgl
     from torch_geometric.data import Data
+
+MADE_HERE: Any = None  # default of what a graph that is made always has
 
 
 @dataclass
@@ -29,8 +31,8 @@ class Graph:
     src: Tensor  # (E,) int64 node that sends
     dst: Tensor  # (E,) int64 node that receives
     rel_pos: Tensor | None = None  # (E, 3) pos[dst] - pos[src]
-    num_nodes: int | None = None  # N; by default the sum of batch_num_nodes, else the highest id + 1
-    batch_num_nodes: Tensor | None = None  # (B,) int64 nodes of each graph; by default one graph
+    num_nodes: int = MADE_HERE  # N; by default the sum of batch_num_nodes, else the highest id + 1
+    batch_num_nodes: Tensor = MADE_HERE  # (B,) int64 nodes of each graph; by default one graph
     batch_num_edges: Tensor | None = None  # (B,) int64 edges of each graph; by default one graph
 
     def __post_init__(self):
@@ -97,7 +99,7 @@ class Graph:
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Graph:
         """The same graph with its tensors on another device."""
-        moved = {
+        moved: dict[str, Any] = {
             field.name: value.to(device, non_blocking=non_blocking)
             for field in fields(self)
             if isinstance(value := getattr(self, field.name), Tensor)
@@ -124,7 +126,7 @@ class Graph:
             TypeError, ValueError: see `Graph`; positions of another shape, dtype or device.
         """
         check_positions(positions)
-        sizes = None if sizes is None else torch.as_tensor(sizes, device=positions.device)
+        sizes = MADE_HERE if sizes is None else torch.as_tensor(sizes, device=positions.device)
         graph = Graph(src, dst, num_nodes=len(positions), batch_num_nodes=sizes)
         if graph.device != positions.device:
             raise ValueError(f"Graph.src: expected on {positions.device} like the positions, got {graph.device}")
@@ -145,16 +147,17 @@ class Graph:
         if not isinstance(edges, Tensor) or edges.ndim != 2 or len(edges) != 2:
             came = tuple(edges.shape) if isinstance(edges, Tensor) else type(edges).__name__
             raise ValueError(f"edge_index: expected an integer tensor (2, E), got {came}")
-        sizes = None
+        sizes = MADE_HERE
         if (starts := getattr(data, "ptr", None)) is not None:
             sizes = starts.diff()
         elif (graphs := getattr(data, "batch", None)) is not None:
             if (graphs.diff() < 0).any():
                 raise ValueError("batch: expected the nodes of each graph to follow each other, but it is not sorted")
             sizes = graphs.bincount()
+        src, dst = edges
         if rel_pos is None and positions is not None:
-            return Graph.from_positions(positions, *edges, sizes)
-        return Graph(*edges, rel_pos=rel_pos, num_nodes=data.num_nodes, batch_num_nodes=sizes)
+            return Graph.from_positions(positions, src, dst, sizes)
+        return Graph(src, dst, rel_pos=rel_pos, num_nodes=data.num_nodes, batch_num_nodes=sizes)
 
     @staticmethod
     def from_dgl(graph: dgl.DGLGraph) -> Graph:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
@@ -101,7 +101,7 @@ class IterativeSE3Transformer(nn.Module):
         }
         path = []
         for iteration in range(self.num_iterations):
-            block = self.blocks[iteration % len(self.blocks)]
+            block = cast(SE3Transformer, self.blocks[iteration % len(self.blocks)])
             relative_pos = positions[graph.dst] - positions[graph.src]
             features = block(
                 replace(graph, rel_pos=relative_pos),

@@ -68,6 +68,7 @@ def radius(
     found = [_within_of_images(*cloud, cutoff) for cloud in zip(clouds, _to_numpy(cells), strict=True)]
     graph = _joined(positions, clouds, [(src, dst) for src, dst, _ in found])
     steps = torch.from_numpy(np.concatenate([step for *_, step in found])).to(cells)  # (E, 3) along lattice vectors
+    assert graph.rel_pos is not None and graph.batch_num_edges is not None  # `_joined` made both
     cell_of_edge = cells.repeat_interleave(graph.batch_num_edges, dim=0)  # (E, 3, 3)
     graph.rel_pos = graph.rel_pos + (steps[:, None, :] @ cell_of_edge).squeeze(1)
     return graph
@@ -78,7 +79,7 @@ def _nearest(cloud: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     from scipy.spatial import KDTree  # here, because most models do not need it
 
     if len(cloud) < 2:
-        return np.empty((2, 0), dtype=np.int64)
+        return np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64)
     _, nearest = KDTree(cloud).query(cloud, k=min(k + 1, len(cloud)))  # (n, k + 1)
     other = nearest != np.arange(len(cloud))[:, None]
     other[other.all(axis=1), -1] = False  # among many coincident points, one may not be found near itself
@@ -124,7 +125,7 @@ def _to_numpy(tensor: Tensor) -> np.ndarray:
     return tensor.detach().cpu().double().numpy()
 
 
-def _joined(positions: Tensor, clouds: list[np.ndarray], edges: list[tuple[np.ndarray, np.ndarray]]) -> Graph:
+def _joined(positions: Tensor, clouds: list[np.ndarray], edges: list[tuple[np.ndarray, ...]]) -> Graph:
     """One graph of the edges (src, dst) of every cloud, which count its points from 0."""
     sizes = [len(cloud) for cloud in clouds]
     starts = np.cumsum([0, *sizes[:-1]])

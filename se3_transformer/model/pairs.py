@@ -51,6 +51,7 @@ def in_pairs(
     scalars = gather_rows(scalars, order)
     if not torch.equal(scalars[::2], scalars[1::2]):
         return graph, edge_feats, ForwardBasis(basis)
+    assert graph.rel_pos is not None  # else there was no distance
     graph = replace(
         graph,
         src=gather_rows(graph.src, order),

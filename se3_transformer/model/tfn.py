@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from torch import nn
+
 from se3_transformer.model.fiber import Fiber
 from se3_transformer.model.layers import ConvSE3
 from se3_transformer.model.layers.convolution import Aggregation, SelfInteractionPer
@@ -48,7 +50,7 @@ class TensorFieldNetwork(EquivariantNetwork):
     ):
         super().__init__(num_layers, fiber_in, fiber_hidden, fiber_out, fiber_edge, return_type, pooling, relative_pos)
         fibers = [fiber_in, *[fiber_hidden] * num_layers, fiber_out]
-        modules = []
+        modules: list[nn.Module] = []
         for fiber, fiber_next in zip(fibers, fibers[1:]):
             modules.append(
                 ConvSE3(

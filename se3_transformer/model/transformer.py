@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from difflib import get_close_matches
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 class Sequential(nn.Sequential):
     """`nn.Sequential` that hands further arguments to every module."""
 
-    def forward(self, features: dict[str, Tensor], *args, **kwargs) -> dict[str, Tensor]:
+    def forward(self, features: dict[str, Tensor], *args, **kwargs):  # type: ignore[override]
         for module in self:
             features = module(features, *args, **kwargs)
         return features
@@ -78,6 +78,7 @@ class EquivariantNetwork(nn.Module):
         relative_pos: RelativePosition | None,
     ):
         super().__init__()
+        self.graph_modules: Sequential
         self.num_layers = num_layers
         self.fiber_in, self.fiber_hidden, self.fiber_out, self.fiber_edge = (
             fiber_in,
@@ -214,7 +215,7 @@ class SE3Transformer(EquivariantNetwork):
                 "aggregation and self_interaction_per are of the last convolution, but last_layer is 'attention'"
             )
 
-        shared = dict(
+        shared: dict[str, Any] = dict(
             fiber_edge=fiber_edge,
             use_layer_norm=use_layer_norm,
             max_degree=self.max_degree,
@@ -238,6 +239,7 @@ class SE3Transformer(EquivariantNetwork):
             )
             modules += nonlinearity(norm, norm_type, fiber_hidden)
             fiber = fiber_hidden
+        last: nn.Module
         if last_layer == "attention":
             last = AttentionBlockSE3(
                 fiber, fiber_out, num_heads=1, channels_div=1, self_interaction=last_self_interaction, **shared
@@ -318,7 +320,7 @@ class SE3TransformerPooled(nn.Module):
         return self.mlp(self.transformer(graph, node_feats, edge_feats, basis)).squeeze(-1)
 
 
-def without_foreign(options: dict[str, object]) -> dict[str, object]:
+def without_foreign(options: dict[str, Any]) -> dict[str, Any]:
     """The arguments of `SE3Transformer` among some options, with a warning that names the others.
 
     Raises:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import pickle
+import io
 import sys
 import zipfile
 from pathlib import Path
 
 import torch
 
+from se3_transformer.runtime.files import write_file
 from se3_transformer.runtime.script import UserError
 
 
@@ -28,17 +28,9 @@ def save_checkpoint(path: str | Path, content: dict, keep_previous: bool = False
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.writing")  # what a killed process left is overwritten
-    try:
-        with open(temporary, "wb") as file:
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        if keep_previous and path.exists():
-            os.replace(path, previous_path(path))
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    buffer = io.BytesIO()  # into a file on a full disk, torch.save fails with an internal error
+    torch.save(content, buffer)
+    write_file(path, lambda file: file.write(buffer.getbuffer()), keep=previous_path(path) if keep_previous else None)
 
 
 def load_checkpoint(path: str | Path, map_location: str | torch.device = "cpu") -> dict:
@@ -53,9 +45,9 @@ def load_checkpoint(path: str | Path, map_location: str | torch.device = "cpu") 
             if damaged := file.testzip():  # torch does not compare checksums
                 raise CheckpointError(f"{path}: not a readable checkpoint ({damaged} in it is damaged)")
         content = torch.load(path, map_location=map_location, weights_only=True)
-    except FileNotFoundError:
+    except (FileNotFoundError, CheckpointError):
         raise
-    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+    except Exception as error:  # a damaged file may raise anything
         raise CheckpointError(f"{path}: not a readable checkpoint ({type(error).__name__}: {error})") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: expected a dict, got {type(content).__name__}")

@@ -17,6 +17,7 @@ from torch.export import Dim, ExportedProgram
 
 from se3_transformer.model.fiber import Fiber, degree_to_dim
 from se3_transformer.model.graph import Graph
+from se3_transformer.model.layers import native
 from se3_transformer.model.transformer import EquivariantNetwork, SE3TransformerPooled
 
 
@@ -67,7 +68,8 @@ def export_model(model: EquivariantNetwork | SE3TransformerPooled, path: str | P
     inputs = _example(model)
     rows = {0: Dim.DYNAMIC}  # of every tensor any number
     sizes = (rows, rows, rows, dict.fromkeys(inputs[3], rows), dict.fromkeys(inputs[4], rows), rows)
-    program(*inputs)  # makes the constants, which cannot be recorded
+    with native.switched_off():  # compiled code cannot be recorded, nor can the making of constants
+        program(*inputs)
     exported = torch.export.export(program, inputs, dynamic_shapes=sizes, strict=False).run_decompositions({})
     torch.export.save(_without_commas(exported), path)
 

@@ -51,7 +51,17 @@ def exclusive(path: str | Path, problem: str = "another process is writing it; w
         lock.release()
 
 
-def write_file(path: str | Path, write: Callable[[BinaryIO], object]) -> None:
+@contextmanager
+def naming(path: str | Path) -> Iterator[None]:
+    """Give an OSError that names no file, like that of a full disk, the name of this one."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+
+
+def write_file(path: str | Path, write: Callable[[BinaryIO], object], keep: Path | None = None) -> None:
     """Create or replace a file at once: readers see the old content or the new, also after a crash.
 
     One process at a time may write the same file (see `exclusive`).
@@ -59,14 +69,20 @@ def write_file(path: str | Path, write: Callable[[BinaryIO], object]) -> None:
     Args:
         path: the file.
         write: called with the open file.
+        keep: rename the file that is there to this, instead of replacing it; between the two renames there is none.
+
+    Raises:
+        OSError: the disk is full, or the directory cannot be written; the old file is as it was.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.writing")
+    temporary = path.with_name(f".{path.name}.writing")  # what a killed process left is overwritten
     try:
-        with temporary.open("wb") as file:
+        with naming(path), temporary.open("wb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
+        if keep and path.exists():
+            path.replace(keep)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from torch.utils.tensorboard import SummaryWriter
+
+from se3_transformer.runtime.files import naming, write_file
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -29,19 +30,19 @@ class RunLog:
 
     def __init__(self, log_dir: str | Path, step: int, lines: int):
         self.path = Path(log_dir) / LINES
-        self._writer = SummaryWriter(str(log_dir), purge_step=step + 1)
-        kept = self.path.read_text().splitlines(keepends=True)[:lines] if self.path.exists() else []
-        rewritten = self.path.with_suffix(".writing")
-        rewritten.write_text("".join(kept))
-        os.replace(rewritten, self.path)
+        with naming(log_dir):
+            self._writer = SummaryWriter(str(log_dir), purge_step=step + 1)
+        kept = self.path.read_bytes().splitlines(keepends=True)[:lines] if self.path.exists() else []
+        write_file(self.path, lambda file: file.writelines(kept))
         self.lines = len(kept)
         self._file = self.path.open("a")
 
     def scalars(self, group: str, values: Mapping[str, float], step: int) -> None:
         """Record numbers under `group/name`."""
         tagged = {f"{group}/{name}": value for name, value in values.items()}
-        for tag, value in tagged.items():
-            self._writer.add_scalar(tag, value, step)
+        with naming(self.path.parent):
+            for tag, value in tagged.items():
+                self._writer.add_scalar(tag, value, step)
         self._write({"step": step} | tagged)
 
     def figure(self, tag: str, figure: Figure, step: int) -> None:
@@ -57,10 +58,12 @@ class RunLog:
         self.close()
 
     def _write(self, record: dict) -> None:
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
+        with naming(self.path):
+            self._file.write(json.dumps(record) + "\n")
+            self._file.flush()
         self.lines += 1
 
     def close(self) -> None:
-        self._writer.close()
+        with naming(self.path.parent):
+            self._writer.close()
         self._file.close()

@@ -8,6 +8,7 @@ import linecache
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from easydict import EasyDict
 
@@ -15,7 +16,7 @@ from easydict import EasyDict
 class SettingsParser(argparse.ArgumentParser):
     """An argument parser that proposes the nearest known flag for an unknown one."""
 
-    def parse_args(self, args: Sequence[str] | None = None, namespace=None) -> argparse.Namespace:
+    def parse_args(self, args=None, namespace=None):
         known, unknown = self.parse_known_args(args, namespace)
         if unknown:
             flags = [flag for action in self._actions for flag in action.option_strings]
@@ -25,8 +26,8 @@ class SettingsParser(argparse.ArgumentParser):
 
 
 def parse_settings(
-    defaults: Mapping[str, object],
-    presets: Mapping[str, Mapping[str, object]],
+    defaults: Mapping[str, Any],
+    presets: Mapping[str, Mapping[str, Any]],
     description: str,
     check: Callable[[EasyDict], None],
     args: Sequence[str] | None = None,
@@ -72,20 +73,20 @@ def parse_settings(
     return settings
 
 
-def require(settings: Mapping[str, object], lowest: Mapping[str, float]) -> None:
+def require(settings: Mapping[str, Any], lowest: Mapping[str, float]) -> None:
     """Raise ValueError unless each of the settings named is a number of at least its lowest value."""
     for key, low in lowest.items():
         if not low <= settings[key] < float("inf"):
             raise ValueError(f"{key} must be at least {low}, got {settings[key]}")
 
 
-def require_seed(settings: Mapping[str, object], key: str) -> None:
+def require_seed(settings: Mapping[str, Any], key: str) -> None:
     """Raise ValueError unless a setting can start all random generators, NumPy's included."""
     if not 0 <= settings[key] < 2**32:
         raise ValueError(f"{key} must be in 0 … 2^32 - 1, got {settings[key]}")
 
 
-def require_file_name(settings: Mapping[str, object], key: str) -> None:
+def require_file_name(settings: Mapping[str, Any], key: str) -> None:
     """Raise ValueError unless a setting can be part of a file name: without directories."""
     if not settings[key] or Path(settings[key]).name != settings[key]:
         raise ValueError(f"{key} must be a name for files, without directories, got {settings[key]!r}")

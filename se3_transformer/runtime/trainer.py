@@ -66,8 +66,9 @@ class Task(Protocol):
         """
 
     def load(self, examples: Tensor) -> Any:
-        """The batch with these rows, with the method `to(device, non_blocking)`; where it lies on the CPU and goes to a
-        GPU, `pin_memory()` is called first, if there is such a method.
+        """The batch with these rows: something with the method `to(device, non_blocking)`, as tensors and graphs have
+        it, or a tuple of such; where it lies on the CPU and goes to a GPU, `pin_memory()` is called first, if there is
+        such a method.
         """
 
     def loss(self, model: nn.Module, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
@@ -271,7 +272,7 @@ class Trainer:
         )
         loaded = iter(loader)
         for parts in plan:
-            yield ((next(loaded).to(self.device, non_blocking=True), weight) for _, weight in parts)
+            yield ((_moved(next(loaded), self.device), weight) for _, weight in parts)
 
     def _share(self, batch: Tensor) -> list[tuple[Tensor, float]]:
         """Parts of a batch that this process computes, one after the other.
@@ -289,12 +290,12 @@ class Trainer:
         totals: dict[str, Tensor] = {}
         last = self.settings["accumulate"] - 1
         for number, (batch, weight) in enumerate(parts):
-            waits = number < last and self.distributed is not self.model
-            with self.distributed.no_sync() if waits else nullcontext():
+            network = self.distributed
+            with network.no_sync() if isinstance(network, DistributedDataParallel) and number < last else nullcontext():
                 with torch.autocast(
                     self.device.type, dtype=self.autocast_dtype, enabled=self.autocast_dtype is not None
                 ):
-                    loss, scalars = self.task.loss(self.distributed, batch)
+                    loss, scalars = self.task.loss(network, batch)
                 self.scaler.scale(weight * loss).backward()
             for name, value in {"loss": loss, **scalars}.items():
                 totals[name] = totals.get(name, 0) + weight * value.detach().float()
@@ -355,14 +356,14 @@ class Trainer:
         """Record the means since the last record."""
         if self.log is not None and self.window:
             means = _means(self.window)
-            means["learning_rate"] = self.scheduler.get_last_lr()[0]
+            means["learning_rate"] = float(self.scheduler.get_last_lr()[0])
             self.log.scalars("train", means, self.step)
         self.window = []
 
     def _finish_epoch(self) -> None:
         """Validate if it is time, log, keep the best, save the state."""
         facts, epoch = self.facts.means(), self.epoch + 1
-        facts["learning_rate"] = self.scheduler.get_last_lr()[0]
+        facts["learning_rate"] = float(self.scheduler.get_last_lr()[0])
         errors = {}
         if epoch % self.settings["validate_every"] == 0 or epoch == self.settings["epochs"]:
             self._stop_if_late(self._validation_seconds)
@@ -372,7 +373,7 @@ class Trainer:
         if self.log is not None:
             self.log.scalars("epoch", facts, self.step)
             if errors:
-                self._log_validation(errors)
+                self._log_validation(self.log, errors)
         if errors and errors["selection"] < self.best:
             self.best = errors["selection"]
             content = {**self.describe, "model": self.evaluated_model.state_dict(), "settings": self.settings}
@@ -391,10 +392,10 @@ class Trainer:
         return errors
 
     @torch.no_grad()
-    def _log_validation(self, errors: dict[str, float]) -> None:
-        self.log.scalars("validation", errors, self.step)
+    def _log_validation(self, log: RunLog, errors: dict[str, float]) -> None:
+        log.scalars("validation", errors, self.step)
         for name, figure in self.task.figures(self.evaluated_model).items():
-            self.log.figure(f"validation/{name}", figure, self.step)
+            log.figure(f"validation/{name}", figure, self.step)
 
     @property
     def best_epoch(self) -> dict[str, float]:
@@ -404,7 +405,7 @@ class Trainer:
 
     def _save_last(self) -> None:
         self._read_pending()
-        if not is_main():
+        if self.log is None:  # of the main process alone
             return
         on_gpu = self.device.type == "cuda"
         state = {
@@ -440,7 +441,7 @@ class Trainer:
             )
         try:
             self._set_state(state)
-        except (KeyError, ValueError, RuntimeError) as error:
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise CheckpointError(
                 f"{path}: a state that does not fit this run ({type(error).__name__}: {error})"
             ) from error
@@ -476,6 +477,13 @@ class _EpochFacts:
     def means(self) -> dict[str, float]:
         """Means over steps, and seconds and throughput."""
         return _means(self.steps) | {"seconds": self.seconds, "examples_per_second": self.examples / self.seconds}
+
+
+def _moved(batch: Any, device: torch.device) -> Any:
+    """A batch, or each part of one that is a tuple, on a device."""
+    if hasattr(batch, "to"):
+        return batch.to(device, non_blocking=True)
+    return tuple(part.to(device, non_blocking=True) for part in batch)
 
 
 def _means(rows: list[dict[str, float]]) -> dict[str, float]:

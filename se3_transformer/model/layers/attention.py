@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
+from collections.abc import Sequence
+from functools import partial
 from typing import Literal
 
 import torch
@@ -10,6 +13,7 @@ from torch.nn.functional import pad
 
 from se3_transformer.model.fiber import Fiber, degree_to_dim
 from se3_transformer.model.graph import Graph, as_graph
+from se3_transformer.model.layers import native
 from se3_transformer.model.layers.convolution import ConvSE3, ConvSE3FuseLevel
 from se3_transformer.model.layers.linear import LinearSE3
 from se3_transformer.model.layers.relative_position import RelativePosition
@@ -39,43 +43,129 @@ class AttentionSE3(nn.Module):
         self.num_heads, self.key_fiber, self.value_fiber = num_heads, key_fiber, value_fiber
 
     def forward(
-        self, value: dict[str, Tensor] | Tensor, key: dict[str, Tensor] | Tensor, query: dict[str, Tensor], graph: Graph
+        self,
+        value: dict[str, Tensor] | Tensor,
+        key: dict[str, Tensor] | Tensor | None,
+        query: dict[str, Tensor],
+        graph: Graph,
     ) -> dict[str, Tensor]:
         """Attend.
 
         Args:
             value: {'l': (E, C_value, 2l+1)}; where all degrees have the same number of channels also one tensor
                 (E, C_value, sum of 2l+1).
-            key: {'l': (E, C_key, 2l+1)}, or one tensor like `value`.
+            key: {'l': (E, C_key, 2l+1)}, or one tensor like `value`; None if `value` is one tensor of both,
+                (E, C_value + C_key, sum of 2l+1).
             query: {'l': (N, C_key, 2l+1)}
 
         Returns:
             {'l': (N, C_value, 2l+1)}; 0 for nodes without incoming edges.
+
+        Raises:
+            ValueError: features of another number of nodes or edges than the graph has.
         """
         graph = as_graph(graph)
-        if isinstance(key, Tensor):  # another order of the features of a head, the same sums
-            query = torch.cat([query[str(degree)] for degree in self.key_fiber.degrees], dim=-1)
-        keys = self._heads(key, self.key_fiber)  # (E, heads, D_key / heads)
-        queries = self._heads(query, self.key_fiber)  # (N, heads, D_key / heads)
-        logits = (keys * gather_rows(queries, graph.dst)).sum(dim=-1) / self.key_fiber.num_features**0.5  # (E, heads)
-        weights = segment_softmax(logits, graph.dst, graph.num_nodes)
-        values = self._heads(value, self.value_fiber)  # (E, heads, D_value / heads)
-        summed = segment_sum(values * weights.unsqueeze(-1), graph.dst, graph.num_nodes)
+        together: dict[str, Tensor] | Tensor = query
+        if isinstance(value, Tensor):  # another order of the features of a head, the same sums
+            together = torch.cat([query[str(degree)] for degree in self.key_fiber.degrees], dim=-1)
+        queries, values = self._flat(together, self.key_fiber), self._flat(value, self.value_fiber)
+        keys_values = (values,) if key is None else (values, self._flat(key, self.key_fiber))
+        for name, features, rows in (
+            ("queries", (queries,), graph.num_nodes),
+            ("keys and values", keys_values, graph.num_edges),
+        ):
+            if any(feature.shape[0] != rows for feature in features):
+                raise ValueError(f"attention: expected {name} with {rows} rows, got {[f.shape[0] for f in features]}")
+        sizes = (self.num_heads, self.value_fiber.num_features, self.key_fiber.num_features)
+        if native.fits(queries, *keys_values, precisions=(torch.float32,)):
+            tensors = (tensor.contiguous() for tensor in (queries, *keys_values))
+            summed = _Native.apply(sizes, graph.dst, *tensors)
+        else:
+            summed = attend(sizes, graph.dst, queries, *keys_values)
         if isinstance(value, Tensor):
-            by_degree = summed.view(graph.num_nodes, *value.shape[1:])
+            by_degree = summed.view(graph.num_nodes, self.value_fiber.channels[0], value.shape[2])
             dims = [degree_to_dim(degree) for degree in self.value_fiber.degrees]
             return dict(zip(map(str, self.value_fiber.degrees), by_degree.split(dims, dim=2), strict=True))
-        sizes = [channels * degree_to_dim(degree) // self.num_heads for degree, channels in self.value_fiber]
+        by_head = summed.unflatten(1, (self.num_heads, -1))
+        of_head = [channels * degree_to_dim(degree) // self.num_heads for degree, channels in self.value_fiber]
         return {
             str(degree): part.reshape(graph.num_nodes, channels, degree_to_dim(degree))
-            for (degree, channels), part in zip(self.value_fiber, summed.split(sizes, dim=-1), strict=True)
+            for (degree, channels), part in zip(self.value_fiber, by_head.split(of_head, dim=-1), strict=True)
         }
 
-    def _heads(self, features: dict[str, Tensor] | Tensor, fiber: Fiber) -> Tensor:
-        """(…, heads, D / heads)"""
-        if isinstance(features, Tensor):
-            return features.reshape(features.shape[0], self.num_heads, fiber.num_features // self.num_heads)
-        return fiber.to_attention_heads(features, self.num_heads)
+    def _flat(self, features: dict[str, Tensor] | Tensor, fiber: Fiber) -> Tensor:
+        """(rows, D), head after head."""
+        heads = features if isinstance(features, Tensor) else fiber.to_attention_heads(features, self.num_heads)
+        return heads.flatten(1)
+
+
+def attend(sizes: tuple[int, int, int], dst: Tensor, query: Tensor, *keys_values: Tensor) -> Tensor:
+    """What each node collects over its incoming edges, (N, D_value), head after head.
+
+    Args:
+        sizes: heads, D_value, D_key
+        dst: (E,)
+        query: (N, D_key)
+        keys_values: values (E, D_value) and keys (E, D_key), or one tensor of both.
+    """
+    heads, _, of_key = sizes
+    value, key = split_keys_values(sizes, keys_values)
+    value, key, query = (tensor.unflatten(1, (heads, -1)) for tensor in (value, key, query))
+    logits = (key * gather_rows(query, dst)).sum(dim=-1) / of_key**0.5  # (E, heads)
+    weights = segment_softmax(logits, dst, query.shape[0])
+    return segment_sum(value * weights.unsqueeze(-1), dst, query.shape[0]).flatten(1)
+
+
+def split_keys_values(sizes: tuple[int, int, int], keys_values: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Values and keys."""
+    return keys_values[0].split(sizes[1:], dim=1) if len(keys_values) == 1 else keys_values
+
+
+class Attention(ctypes.Structure):
+    """As in attention.c."""
+
+    _fields_ = native.numbers("nodes heads threads of_key of_value key_row value_row")
+
+
+class _Native(torch.autograd.Function):
+    """`attend`, by attention.c."""
+
+    @staticmethod
+    def forward(ctx, sizes: tuple[int, int, int], dst: Tensor, query: Tensor, *keys_values: Tensor) -> Tensor:
+        starts, order = native.grouped(dst, len(query))
+        value, key = split_keys_values(sizes, keys_values)
+        weights, out = query.new_empty(len(dst), sizes[0]), query.new_empty(len(query), sizes[1])
+        native.call(
+            "attention_forward",
+            *_Native.arguments(sizes, query, value, key),
+            *(starts, order, value, key, query, weights, out),
+        )
+        ctx.sizes = sizes
+        ctx.save_for_backward(dst, starts, order, weights, query, *keys_values)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        dst, starts, order, weights, query, *keys_values = ctx.saved_tensors
+        if torch.is_grad_enabled():  # for second derivatives
+            same, inputs = partial(attend, ctx.sizes, dst), (query, *keys_values)
+            return None, None, *native.differentiable_gradients(same, inputs, ctx.needs_input_grad[2:], grad)
+        grads = [torch.empty_like(tensor) for tensor in (query, *keys_values)]
+        value, key = split_keys_values(ctx.sizes, keys_values)
+        grad_value, grad_key = split_keys_values(ctx.sizes, grads[1:])
+        native.call(
+            "attention_backward",
+            *_Native.arguments(ctx.sizes, query, value, key),
+            *(starts, order, value, key, query, weights, grad.contiguous(), grad_value, grad_key, grads[0]),
+        )
+        return None, None, *grads
+
+    @staticmethod
+    def arguments(sizes: tuple[int, int, int], query: Tensor, value: Tensor, key: Tensor) -> tuple:
+        heads, of_value, of_key = sizes
+        of_head, rows = (of_key // heads, of_value // heads), (key.stride(0), value.stride(0))
+        attention = Attention(len(query), heads, torch.get_num_threads(), *of_head, *rows)
+        return attention, ctypes.c_float(of_key**-0.5)
 
 
 class AttentionBlockSE3(nn.Module):
@@ -159,8 +249,10 @@ class AttentionBlockSE3(nn.Module):
         """{'l': (N, C_in, 2l+1)} -> {'l': (N, C_out, 2l+1)}; arguments as for `ConvSE3.forward`."""
         graph = as_graph(graph)
         key_value = self.to_key_value(node_features, edge_features, graph, basis)
+        value: dict[str, Tensor] | Tensor
+        key: dict[str, Tensor] | None
         if isinstance(key_value, Tensor):
-            value, key = key_value.chunk(2, dim=1)
+            value, key = key_value, None
         else:
             value = {degree: feature[:, : self.value_fiber[degree]] for degree, feature in key_value.items()}
             key = {

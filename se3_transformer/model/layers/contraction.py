@@ -17,9 +17,7 @@ the backward pass makes them again from x and hidden, which are small.
 
 from __future__ import annotations
 
-import ctypes
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -125,7 +123,7 @@ class FeaturesFirst(Contraction):
 
     @staticmethod
     def plain(x, hidden, matrix):
-        E, S, H = *x.shape[:2], hidden.shape[1]
+        (E, S, _), H = x.shape, hidden.shape[1]
         product = (x @ matrix).view(E, S * matrix.shape[1] // H, H)
         return (product @ hidden.unsqueeze(-1)).view(E, S, matrix.shape[1] // H)
 
@@ -220,87 +218,9 @@ def _quarter_turn(x: Tensor) -> Tensor:
     return torch.stack([-minus, plus], dim=1)
 
 
-def contract_natively(
-    terms: ctypes.Array,
-    x: list[Tensor],
-    hidden: Tensor,
-    weights: list[Tensor],
-    row_shapes: list[tuple[int, int]],
-    by_torch: Callable[[list[Tensor], Tensor, list[Tensor]], list[Tensor]],
-) -> list[Tensor]:
-    """All products of a convolution at once, by `convolution.c`, in single precision.
-
-    Args:
-        terms: see `native.terms`.
-        x: (E, rows, C_in) of each group of degrees in.
-        hidden: (E / share, R, H)
-        weights: (P, outs, C_out, ins, C_in, H) of each term.
-        row_shapes: (rows, C_out) of each group of degrees out.
-        by_torch: the same function of x, hidden, weights, that can be differentiated more than once.
-
-    Returns:
-        (E, rows, C_out) of each group, in the dtype of x.
-    """
-    dtype, shapes = x[0].dtype, [_by_input(weight).shape for weight in weights]
-
-    def same(hidden: Tensor, matrices: Tensor, *x: Tensor) -> list[Tensor]:
-        return by_torch(list(x), hidden, _unpacked(matrices, shapes))
-
-    with torch.autocast("cpu", enabled=False):
-        matrices = _Packed.apply(*(weight.float() for weight in weights))
-        tensors = [tensor.float().contiguous() for tensor in (hidden, matrices, *x)]
-        return [out.to(dtype) for out in _Native.apply(terms, row_shapes, same, *tensors)]
-
-
-class _Native(torch.autograd.Function):
-    """`convolution.c`."""
-
-    @staticmethod
-    def forward(ctx, terms, row_shapes: list, same: Callable, hidden: Tensor, matrices: Tensor, *x: Tensor):
-        ctx.terms, ctx.same = terms, same
-        ctx.save_for_backward(hidden, matrices, *x)
-        out = [hidden.new_zeros(len(x[0]), *shape) for shape in row_shapes]
-        native.contraction_forward(terms, list(x), hidden, matrices, out)
-        return tuple(out)
-
-    @staticmethod
-    def backward(ctx, *grad: Tensor):
-        hidden, matrices, *x = ctx.saved_tensors
-        wanted = ctx.needs_input_grad[3:]
-        if torch.is_grad_enabled():  # for second derivatives
-            return None, None, None, *native.differentiable_gradients(ctx.same, (hidden, matrices, *x), wanted, grad)
-        grad_x = [torch.zeros_like(rows) for rows in x] if any(wanted[2:]) else None
-        grad_hidden, grad_matrices = torch.zeros_like(hidden), torch.empty_like(matrices)
-        grad = [of_rows.contiguous() for of_rows in grad]
-        native.contraction_backward(ctx.terms, x, hidden, matrices, grad, grad_x, grad_hidden, grad_matrices)
-        return None, None, None, grad_hidden, grad_matrices, *(grad_x or [None] * len(x))
-
-
-class _Packed(torch.autograd.Function):
-    """The matrices of `RadialWeightsFirst` of all weights, one after the other, as one vector."""
-
-    @staticmethod
-    def forward(ctx, *weights: Tensor):
-        ctx.shapes = [_by_input(weight).shape for weight in weights]
-        matrices = weights[0].new_empty(sum(weight.numel() for weight in weights))
-        for part, weight in zip(_unpacked(matrices, ctx.shapes), weights, strict=True):
-            part.copy_(weight)
-        return matrices
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        return tuple(_unpacked(grad, ctx.shapes))
-
-
 def _by_input(weight: Tensor) -> Tensor:
     """(P, outs, C_out, ins, C_in, H) -> (ins, C_in, P, outs, C_out, H), the order of `RadialWeightsFirst`."""
     return weight.permute(3, 4, 0, 1, 2, 5)
-
-
-def _unpacked(matrices: Tensor, shapes: list[torch.Size]) -> list[Tensor]:
-    """Views of a vector as weights (P, outs, C_out, ins, C_in, H), from their shapes ordered as `_by_input`."""
-    parts = zip(matrices.split([shape.numel() for shape in shapes]), shapes, strict=True)
-    return [part.view(shape).permute(2, 3, 4, 0, 1, 5) for part, shape in parts]
 
 
 def _whole(order: type[Contraction], x: Tensor, hidden: Tensor, matrix: Tensor, n_out: int) -> Tensor:
@@ -317,7 +237,7 @@ class _Chunked(torch.autograd.Function):
         ctx.save_for_backward(x, hidden, matrix)
         out = x.new_empty(*x.shape[:2], n_out)
         chunks, size = _chunks(order, x, hidden, n_out)
-        buffer = x.new_empty(chunks[0].stop, size) if chunks else None
+        buffer = x.new_empty(chunks[0].stop if chunks else 0, size)
         for chunk in chunks:
             order.forward(x[chunk], hidden[chunk], matrix, out[chunk], buffer[: chunk.stop - chunk.start])
         return out
@@ -357,6 +277,7 @@ class _Chunked(torch.autograd.Function):
 
 def _chunks(order: type[Contraction], x: Tensor, hidden: Tensor, n_out: int) -> tuple[list[slice], int]:
     """Slices of the edges, the longest first, and the numbers per edge in the intermediate."""
-    size = order.size(*x.shape[1:], n_out, hidden.shape[1])
+    _, S, n_in = x.shape
+    size = order.size(S, n_in, n_out, hidden.shape[1])
     length = max(1, CHUNK_BYTES.get(x.device.type, CHUNK_BYTES["cuda"]) // (size * x.element_size()))
     return [slice(start, min(start + length, len(x))) for start in range(0, len(x), length)], size

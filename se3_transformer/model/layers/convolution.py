@@ -13,27 +13,23 @@ E · C_out · C_in · F: see `se3_transformer.model.layers.contraction`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from enum import Enum
 from functools import cache
 from itertools import product
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from se3_transformer.model.basis import ZERO_LENGTH, ForwardBasis, frame_kernels, frame_matrix, split_orders
+from se3_transformer.model.basis import ZERO_LENGTH, ForwardBasis, constant, frame_kernels, frame_matrix, split_orders
 from se3_transformer.model.fiber import Fiber, degree_to_dim
 from se3_transformer.model.graph import Graph, as_graph
 from se3_transformer.model.layers import native
-from se3_transformer.model.layers.contraction import (
-    ORDERS,
-    Contraction,
-    RadialWeightsFirst,
-    contract,
-    contract_natively,
-)
+from se3_transformer.model.layers.contraction import ORDERS, Contraction, RadialWeightsFirst, contract
 from se3_transformer.model.layers.linear import mix_channels
+from se3_transformer.model.layers.native_convolution import Groups, Matrices, Messages, Plan, RadialNetwork, Source
 from se3_transformer.model.layers.radial import RadialProfile, hidden_layers
 from se3_transformer.model.layers.relative_position import RELATIVE_POSITIONS, RelativePosition, cat_relative_pos
 from se3_transformer.model.layers.self_interaction import (
@@ -84,7 +80,7 @@ class VersatileConvSE3(nn.Module):
         self.unit_scalar_kernel = unit_scalar_kernel
         num_freq = sum(degree_to_dim(min(pair)) for pair in product(degrees_in, degrees_out))
         self.radial_func = RadialProfile(num_freq, channels_in, channels_out, edge_dim, use_layer_norm=use_layer_norm)
-        hidden_dim = self.radial_func.net[-1].in_features
+        hidden_dim = self.radial_func.mid_dim
         self.order = cheapest_order(self.degrees_in, self.degrees_out, channels_in, channels_out, hidden_dim)
 
     def frame_weights(self) -> list[Tensor]:
@@ -117,7 +113,7 @@ class VersatileConvSE3(nn.Module):
         raise ValueError(f"no path from degree {degree} to itself among {self.degrees_in} -> {self.degrees_out}")
 
 
-@cache
+@constant
 def frame_mixture(
     degrees_in: tuple[int, ...],
     degrees_out: tuple[int, ...],
@@ -145,6 +141,18 @@ def frame_mixture(
                     row[path] = 1.0 if unit else frame_kernels(degree_in, degree_out)[part][order]
                     rows.append(row)
     return torch.stack(rows).to(dtype=dtype, device=device)
+
+
+@cache
+def plan(
+    networks: tuple[tuple, ...], groups_in: Groups, groups_out: Groups, sources: tuple[Source, ...], fused: bool
+) -> Plan:
+    """A `Plan`; of each radial network (degrees in, degrees out, channels in, channels out, unit_scalar_kernel)."""
+    made = []
+    for degrees_in, degrees_out, channels_in, channels_out, unit in networks:
+        mixture = frame_mixture(degrees_in, degrees_out, unit, torch.float64, torch.device("cpu"))
+        made.append(RadialNetwork(degrees_in, degrees_out, channels_in, channels_out, mixture))
+    return Plan(tuple(made), groups_in, groups_out, sources, fused)
 
 
 def cheapest_order(
@@ -252,26 +260,28 @@ class ConvSE3(nn.Module):
 
         if fuse_level == ConvSE3FuseLevel.FULL and same_in and same_out:
             self.used_fuse_level = ConvSE3FuseLevel.FULL
-            self.conv = rectangle(all_degrees, all_degrees)
-            self._rectangles = [self.conv]
+            self._rectangles = [rectangle(all_degrees, all_degrees)]
+            self.conv: nn.Module = self._rectangles[0]
         elif partial and same_in:
             self.used_fuse_level = ConvSE3FuseLevel.PARTIAL
-            self.conv_out = nn.ModuleDict({str(d): rectangle(all_degrees, [d]) for d in fiber_out.degrees})
-            self._rectangles = list(self.conv_out.values())
+            named = {str(d): rectangle(all_degrees, [d]) for d in fiber_out.degrees}
+            self.conv_out, self._rectangles = nn.ModuleDict(named), list(named.values())
         elif partial and same_out:
             self.used_fuse_level = ConvSE3FuseLevel.PARTIAL
-            self.conv_in = nn.ModuleDict({str(d): rectangle([d], all_degrees) for d in self.fiber_source.degrees})
-            self._rectangles = list(self.conv_in.values())
+            named = {str(d): rectangle([d], all_degrees) for d in self.fiber_source.degrees}
+            self.conv_in, self._rectangles = nn.ModuleDict(named), list(named.values())
         else:
             self.used_fuse_level = ConvSE3FuseLevel.NONE
             pairs = product(self.fiber_source.degrees, fiber_out.degrees)
-            self.conv = nn.ModuleDict({f"{i},{o}": rectangle([i], [o], unit_scalar_kernel=True) for i, o in pairs})
-            self._rectangles = list(self.conv.values())
+            named = {f"{i},{o}": rectangle([i], [o], unit_scalar_kernel=True) for i, o in pairs}
+            self.conv, self._rectangles = nn.ModuleDict(named), list(named.values())
 
         # Degrees with the same number of channels are rotated together.
         self._groups_in = group_by_value(dict(self.fiber_source.structure))
         self._groups_out = group_by_value(dict(fiber_out.structure))
+        self._degrees_out = [degree for degrees in self._groups_out for degree in degrees]
         self.fused_output = allow_fused_output and not pool and not self_interaction and len(self._groups_out) == 1
+        self.to_kernel_self: AttentiveSelfInteractionSE3 | nn.ParameterDict
         if self_interaction == "attentive":
             self.to_kernel_self = AttentiveSelfInteractionSE3(fiber_in, fiber_out)
         elif self_interaction:
@@ -299,17 +309,17 @@ class ConvSE3(nn.Module):
         """
         graph = as_graph(graph)
         source_feats, edge_feats, src = self.sources(node_feats, edge_feats, graph)
-        groups = self._convolve(source_feats, edge_feats, src, basis)
+        messages = self._convolve(source_feats, edge_feats, src, basis)
         if self.fused_output and ZERO_LENGTH not in basis:
-            return groups[0]
-        out: dict[int, Tensor] = {}
-        for degrees, group in zip(self._groups_out, groups, strict=True):
-            out.update(zip(degrees, group.split([degree_to_dim(degree) for degree in degrees], dim=2), strict=True))
-        if ZERO_LENGTH in basis:
-            out = self._add_isotropic(out, source_feats, edge_feats, src, basis[ZERO_LENGTH])
+            return messages[0]
         if self.fused_output:
-            return torch.cat([out[degree] for degree in self.fiber_out.degrees], dim=2)
-        out = {str(degree): out[degree] for degree in self.fiber_out.degrees}
+            messages = messages[0].split([degree_to_dim(degree) for degree in self._degrees_out], dim=2)
+        parts = dict(zip(self._degrees_out, messages, strict=True))
+        if ZERO_LENGTH in basis:
+            parts = self._add_isotropic(parts, source_feats, edge_feats, src, basis[ZERO_LENGTH])
+        if self.fused_output:
+            return torch.cat([parts[degree] for degree in self.fiber_out.degrees], dim=2)
+        out = {str(degree): parts[degree] for degree in self.fiber_out.degrees}
         own = self._self_interaction(node_feats) if self.self_interaction else {}
         if self.self_interaction_per == "edge":
             out |= {degree: out[degree] + gather_rows(feature, graph.dst) for degree, feature in own.items()}
@@ -328,20 +338,34 @@ class ConvSE3(nn.Module):
     def _convolve(
         self, node_feats: dict[str, Tensor], edge_feats: dict[str, Tensor], src: Tensor, basis: dict[str, Tensor]
     ) -> list[Tensor]:
-        """Messages (E, C_out, sum of 2l+1) of each group of output degrees, in chunks of edges if there are many."""
-        weights = [weight for rectangle in self._rectangles for weight in rectangle.frame_weights()]
-        frames = {degrees: frame_matrix(basis, degrees) for degrees in {*self._groups_in, *self._groups_out}}
+        """Messages (E, C_out, 2l+1) of `_degrees_out`, in chunks of edges if there are many.
+
+        With `fused_output` all in one, (E, C_out, sum of 2l+1).
+        """
+        if edge_feats["0"].shape[0] != src.shape[0]:
+            rows = tuple(edge_feats["0"].shape)
+            raise ValueError(f"edge features: expected {src.shape[0]} rows, one for each edge, got degree 0 as {rows}")
         share = 2 if isinstance(basis, ForwardBasis) and basis.in_pairs else 1
+        work: Callable[..., list[Tensor]]
+        geometry: dict[Any, Tensor]
+        weights: Any  # as `work` wants them
+        fits = native.fits(edge_feats["0"], *self._sources(node_feats, edge_feats))
+        if fits and self._rectangles[0].radial_func.mid_dim == native.HIDDEN:
+            plan, work = self._plan(), self._messages_natively
+            with torch.autocast("cpu", enabled=False):
+                weights = Matrices.apply(plan, *(r.radial_func.last_weight.float() for r in self._rectangles))
+            geometry = {str(degree): basis[str(degree)] for degree in plan.degrees}
+        else:
+            work = self._messages
+            weights = [weight for rectangle in self._rectangles for weight in rectangle.frame_weights()]
+            geometry = {degrees: frame_matrix(basis, degrees) for degrees in {*self._groups_in, *self._groups_out}}
 
         def messages(edges: slice) -> list[Tensor]:
-            return self._messages(
-                node_feats,
-                {degree: feature[edges] for degree, feature in edge_feats.items()},
-                src[edges],
-                {degrees: frame[edges] for degrees, frame in frames.items()},
-                weights,
-                share,
-            )
+            features = {degree: feature[edges] for degree, feature in edge_feats.items()}
+            scalars = features["0"].squeeze(-1)[::share]  # of every `share` edges one after the other they are the same
+            hidden = hidden_layers([rectangle.radial_func for rectangle in self._rectangles], scalars)
+            of_edges = {key: tensor[edges] for key, tensor in geometry.items()}
+            return work(node_feats, features, src[edges], of_edges, hidden, weights)
 
         chunk = MAX_EDGES_LOW_MEMORY if self.low_memory else MAX_EDGES
         chunk = max(chunk - chunk % share, share)
@@ -378,29 +402,77 @@ class ConvSE3(nn.Module):
         edge_feats: dict[str, Tensor],
         src: Tensor,
         frames: dict[tuple[int, ...], Tensor],
+        hidden: Tensor,
         weights: list[Tensor],
-        share: int,
     ) -> list[Tensor]:
         """What `_convolve` returns, for a chunk of edges: gather, rotate, contract order by order, rotate back.
 
-        Of every `share` edges one after the other, the edge scalars are the same.
+        Args:
+            frames: `frame_matrix` of every group of degrees.
+            hidden: (E / share, R, H) last hidden layers of the radial networks.
+            weights: `frame_weights` of one radial network after the other.
         """
         x = [frames[d] @ self._source_features(node_feats, edge_feats, src, d) for d in self._groups_in]
-        hidden = hidden_layers([r.radial_func for r in self._rectangles], edge_feats["0"].squeeze(-1)[::share])
-        z = (
-            self._contract_natively(x, hidden, weights)
-            if native.fits(x[0], hidden.shape[2])
-            else self._contract(x, hidden, weights)
-        )
-        return [rows.transpose(1, 2) @ frames[degrees] for rows, degrees in zip(z, self._groups_out, strict=True)]
+        z = self._contract(x, hidden, weights)
+        groups = [rows.transpose(1, 2) @ frames[degrees] for rows, degrees in zip(z, self._groups_out, strict=True)]
+        if self.fused_output:
+            return groups
+        sizes = [[degree_to_dim(degree) for degree in degrees] for degrees in self._groups_out]
+        return [part for group, dims in zip(groups, sizes, strict=True) for part in group.split(dims, dim=2)]
 
-    def _contract_natively(self, x: list[Tensor], hidden: Tensor, weights: list[Tensor]) -> list[Tensor]:
-        """`_contract`, by compiled code."""
-        groups_in = tuple((degrees, self.fiber_source[degrees[0]]) for degrees in self._groups_in)
-        groups_out = tuple((degrees, self.fiber_out[degrees[0]]) for degrees in self._groups_out)
-        terms = native.terms(tuple((r.degrees_in, r.degrees_out) for r in self._rectangles), groups_in, groups_out)
-        row_shapes = [(sum(map(degree_to_dim, degrees)), channels) for degrees, channels in groups_out]
-        return contract_natively(terms, x, hidden, weights, row_shapes, self._contract)
+    def _messages_natively(
+        self,
+        node_feats: dict[str, Tensor],
+        edge_feats: dict[str, Tensor],
+        src: Tensor,
+        blocks: dict[str, Tensor],
+        hidden: Tensor,
+        matrices: Tensor,
+    ) -> list[Tensor]:
+        """`_messages`, by compiled code, in single precision; from Wigner blocks and `Matrices`."""
+        plan = self._plan()
+        sources = self._sources(node_feats, edge_feats)
+        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else sources[0].dtype
+
+        def same(hidden: Tensor, matrices: Tensor, *tensors: Tensor) -> list[Tensor]:
+            of_node: dict[str, Tensor] = {}
+            of_edge: dict[str, Tensor] = {}
+            for source, tensor in zip(plan.sources, tensors, strict=False):
+                (of_node if source.of_node else of_edge)[str(source.degree)] = tensor
+            blocks = dict(zip(map(str, plan.degrees), tensors[len(plan.sources) :], strict=True))
+            frames = {degrees: frame_matrix(blocks, degrees) for degrees in {*self._groups_in, *self._groups_out}}
+            return self._messages(of_node, of_edge, src, frames, hidden, plan.weights(matrices))
+
+        with torch.autocast("cpu", enabled=False):
+            tensors = [tensor.float().contiguous() for tensor in (hidden, matrices, *sources, *blocks.values())]
+            return [out.to(dtype) for out in Messages.apply(plan, same, src.long().contiguous(), *tensors)]
+
+    def _sources(self, node_feats: dict[str, Tensor], edge_feats: dict[str, Tensor]) -> list[Tensor]:
+        """The features that are convolved: those of nodes, then those of edges."""
+        nodes = [node_feats[str(degree)] for degree in self.fiber_in.degrees]
+        return nodes + [edge_feats[str(degree)] for degree in self.fiber_edge.degrees if degree > 0]
+
+    def _plan(self) -> Plan:
+        """See `Plan`."""
+        return plan(
+            tuple(
+                (
+                    r.degrees_in,
+                    r.degrees_out,
+                    r.radial_func.channels_in,
+                    r.radial_func.channels_out,
+                    r.unit_scalar_kernel,
+                )
+                for r in self._rectangles
+            ),
+            tuple((degrees, self.fiber_source[degrees[0]]) for degrees in self._groups_in),
+            tuple((degrees, self.fiber_out[degrees[0]]) for degrees in self._groups_out),
+            (
+                *(Source(degree, channels, 0, True) for degree, channels in self.fiber_in),
+                *(Source(degree, c, self.fiber_in[degree], False) for degree, c in self.fiber_edge if degree > 0),
+            ),
+            self.fused_output,
+        )
 
     def _contract(self, x: list[Tensor], hidden: Tensor, weights: list[Tensor]) -> list[Tensor]:
         """All products of the convolution in the edge frame, order by order.
@@ -422,11 +494,11 @@ class ConvSE3(nn.Module):
                     inputs.update({((d,), order): part for d, part in zip(at_least, by_degree.unbind(2), strict=True)})
 
         z: dict[tuple, Tensor] = {}  # (degrees, m) -> (E, S, N_out)
-        weights = iter(weights)
+        queue = iter(weights)
         for rectangle, h in zip(self._rectangles, hidden.unbind(1), strict=True):
             contraction = RadialWeightsFirst if hidden.shape[0] < x[0].shape[0] else rectangle.order
             for order in range(min(max(rectangle.degrees_in), max(rectangle.degrees_out)) + 1):
-                product = contract(contraction, inputs[rectangle.degrees_in, order], h, next(weights))  # (E, S, N_out)
+                product = contract(contraction, inputs[rectangle.degrees_in, order], h, next(queue))  # (E, S, N_out)
                 key = (rectangle.degrees_out, order)
                 z[key] = z[key] + product if key in z else product
         return [

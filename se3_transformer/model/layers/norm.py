@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Literal
+import ctypes
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import relu
+from torch.nn.functional import layer_norm, relu
 
-from se3_transformer.model.fiber import Fiber
+from se3_transformer.model.fiber import Fiber, degree_to_dim
+from se3_transformer.model.layers import native
 
 NormType = Literal["norm", "bias"]
 
@@ -32,16 +35,83 @@ class NormSE3(nn.Module):
             self.layer_norms = nn.ModuleDict({str(degree): nn.LayerNorm(channels) for degree, channels in fiber})
 
     def forward(self, features: dict[str, Tensor], *args, **kwargs) -> dict[str, Tensor]:
-        degrees = [str(degree) for degree in self.fiber.degrees]
-        lengths = [clamped_length(features[degree]) for degree in degrees]
-        if hasattr(self, "group_norm"):
-            normed = self.group_norm(torch.cat(lengths, dim=-1)).split(self.fiber.channels, dim=-1)
+        inputs = [features[str(degree)] for degree in self.fiber.degrees]
+        for (degree, channels), feature in zip(self.fiber, inputs, strict=True):
+            expected = (inputs[0].shape[0], channels, degree_to_dim(degree))
+            if feature.shape != expected:
+                raise ValueError(f"NormSE3: expected degree {degree} as {expected}, got {tuple(feature.shape)}")
+        together = hasattr(self, "group_norm")
+        norms: list[Any] = [self.group_norm] if together else [self.layer_norms[str(d)] for d in self.fiber.degrees]
+        affine = (torch.cat([norm.weight for norm in norms]), torch.cat([norm.bias for norm in norms]))
+        if isinstance(self.nonlinearity, nn.ReLU) and native.fits(*affine, *inputs, precisions=(torch.float32,)):
+            outputs = _Native.apply(self._normalised, *affine, *inputs)
         else:
-            normed = [self.layer_norms[degree](length) for degree, length in zip(degrees, lengths, strict=True)]
-        return {
-            degree: features[degree] * (self.nonlinearity(new) / old).unsqueeze(-1)
-            for degree, new, old in zip(degrees, normed, lengths, strict=True)
-        }
+            outputs = self._normalised(*affine, *inputs)
+        return dict(zip(map(str, self.fiber.degrees), outputs, strict=True))
+
+    def _normalised(self, weight: Tensor, bias: Tensor, *features: Tensor) -> list[Tensor]:
+        """From scale and shift (sum of C,) and the features of every degree."""
+        lengths, channels = [clamped_length(feature) for feature in features], self.fiber.channels
+        if hasattr(self, "group_norm"):
+            # not the one of nn.functional, which refuses one node with one channel
+            normed = torch.group_norm(torch.cat(lengths, dim=-1), len(channels), weight, bias).split(channels, dim=-1)
+        else:
+            affine = zip(lengths, weight.split(channels), bias.split(channels), strict=True)
+            normed = [layer_norm(length, length.shape[1:], *of_degree) for length, *of_degree in affine]
+        return [
+            feature * (self.nonlinearity(new) / old).unsqueeze(-1)
+            for feature, new, old in zip(features, normed, lengths, strict=True)
+        ]
+
+
+class Norm(ctypes.Structure):
+    """As in norm.c."""
+
+    _fields_ = native.numbers("nodes degrees threads channels largest")
+
+
+class Degree(ctypes.Structure):
+    """Features of a degree, as in norm.c."""
+
+    _fields_ = native.numbers("C M first node channel order grad_node grad_channel grad_order")
+
+
+class _Native(torch.autograd.Function):
+    """`NormSE3` with ReLU, by norm.c; `same` is the same function in PyTorch."""
+
+    @staticmethod
+    def forward(ctx, same: Callable, weight: Tensor, bias: Tensor, *features: Tensor) -> tuple[Tensor, ...]:
+        ctx.same = same
+        ctx.save_for_backward(weight, bias, *features)
+        out = [feature.new_empty(feature.shape) for feature in features]
+        sizes = _Native.sizes(weight, features, features)
+        native.call("norm_forward", *sizes, list(features), weight.contiguous(), bias.contiguous(), out)
+        return tuple(out)
+
+    @staticmethod
+    def backward(ctx, *grad: Tensor):
+        weight, bias, *features = ctx.saved_tensors
+        if torch.is_grad_enabled():  # for second derivatives
+            inputs = (weight, bias, *features)
+            return None, *native.differentiable_gradients(ctx.same, inputs, ctx.needs_input_grad[1:], grad)
+        sizes = _Native.sizes(weight, features, grad)
+        grads = [feature.new_empty(feature.shape) for feature in features]
+        of_affine = weight.new_empty(sizes[0].threads, 2, len(weight))
+        native.call(
+            "norm_backward",
+            *(*sizes, features, weight.contiguous(), bias.contiguous(), list(grad), grads, of_affine),
+        )
+        return None, *of_affine[0].clone(), *grads
+
+    @staticmethod
+    def sizes(weight: Tensor, features: Sequence[Tensor], grad: Sequence[Tensor]) -> tuple[Norm, ctypes.Array]:
+        degrees, first = [], 0
+        for feature, of_feature in zip(features, grad, strict=True):
+            degrees.append(Degree(*feature.shape[1:], first, *feature.stride(), *of_feature.stride()))
+            first += feature.shape[1]
+        largest = max(feature.shape[2] for feature in features)
+        norm = Norm(len(features[0]), len(degrees), torch.get_num_threads(), len(weight), largest)
+        return norm, native.array(Degree, degrees)
 
 
 class NormBiasSE3(nn.Module):

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
+from functools import partial
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import group_norm, linear, relu
@@ -23,6 +27,7 @@ class RadialProfile(nn.Module):
     ):
         super().__init__()
         self.num_freq, self.channels_in, self.channels_out = num_freq, channels_in, channels_out
+        self.mid_dim, self.use_layer_norm = mid_dim, use_layer_norm
 
         def norm() -> list[nn.Module]:
             return [nn.LayerNorm(mid_dim)] if use_layer_norm else []
@@ -38,9 +43,14 @@ class RadialProfile(nn.Module):
         )
 
     @property
+    def hidden(self) -> list[nn.Linear | nn.LayerNorm]:
+        """The hidden layers that have parameters."""
+        return [layer for layer in list(self.net)[:-1] if isinstance(layer, nn.Linear | nn.LayerNorm)]
+
+    @property
     def last_weight(self) -> Tensor:
         """(C_out, C_in, F, H) weight that makes the radial weights from the hidden layer."""
-        return self.net[-1].weight.unflatten(0, (self.channels_out, self.channels_in, self.num_freq))
+        return cast(Tensor, self.net[-1].weight).unflatten(0, (self.channels_out, self.channels_in, self.num_freq))
 
     def forward(self, edge_scalars: Tensor) -> Tensor:
         return self.net(edge_scalars)
@@ -53,24 +63,22 @@ def hidden_layers(networks: list[RadialProfile], edge_scalars: Tensor) -> Tensor
         networks: R radial networks of the same sizes.
         edge_scalars: (E, edge_dim), the input of all of them.
     """
-    below_last = [network.net[:-1] for network in networks]
-    layers = [module for modules in below_last for module in modules if not isinstance(module, nn.ReLU)]
-    parameters = torch.cat([p.flatten() for layer in layers for p in (layer.weight, layer.bias)])
-    parameters = parameters.view(len(networks), -1)
-    hidden_dim, norm = below_last[0][0].out_features, isinstance(below_last[0][1], nn.LayerNorm)
-    if native.fits(edge_scalars, hidden_dim):
+    parameters = [p for network in networks for layer in network.hidden for p in (layer.weight, layer.bias)]
+    sizes = (len(networks), networks[0].mid_dim, networks[0].use_layer_norm)
+    if sizes[1] == native.HIDDEN and native.fits(edge_scalars):
         with torch.autocast("cpu", enabled=False):
-            return _Native.apply(norm, edge_scalars.float().contiguous(), parameters.float())
-    return by_torch(edge_scalars, parameters, hidden_dim, norm)
+            return _Native.apply(sizes, edge_scalars.float().contiguous(), *(p.float() for p in parameters))
+    return by_torch(sizes, edge_scalars, *parameters)
 
 
-def by_torch(edge_scalars: Tensor, parameters: Tensor, hidden_dim: int, norm: bool) -> Tensor:
-    """What `hidden_layers` returns, from the parameters (R, …) of every network one after the other."""
-    R, hidden = len(parameters), edge_scalars
+def by_torch(sizes: tuple[int, int, bool], edge_scalars: Tensor, *parameters: Tensor) -> Tensor:
+    """What `hidden_layers` returns, from (R, H, layer norm) and the parameters of one network after the other."""
+    R, hidden_dim, norm = sizes
+    hidden, packed = edge_scalars, packed_parameters(R, parameters)
     for inputs in (edge_scalars.shape[1], hidden_dim):
-        sizes = [hidden_dim * inputs, *[hidden_dim] * (3 if norm else 1)]
-        of_layer, parameters = parameters.split([sum(sizes), parameters.shape[1] - sum(sizes)], dim=1)
-        weight, bias, *affine = of_layer.split(sizes, dim=1)
+        lengths = [hidden_dim * inputs, *[hidden_dim] * (3 if norm else 1)]
+        of_layer, packed = packed.split([sum(lengths), packed.shape[1] - sum(lengths)], dim=1)
+        weight, bias, *affine = of_layer.split(lengths, dim=1)
         weight = weight.unflatten(1, (hidden_dim, inputs))  # (R, H, inputs)
         if hidden is edge_scalars:
             hidden = linear(hidden, weight.flatten(0, 1), bias.flatten())  # (E, R · H)
@@ -78,28 +86,50 @@ def by_torch(edge_scalars: Tensor, parameters: Tensor, hidden_dim: int, norm: bo
             by_network = hidden.unflatten(1, (R, -1)).transpose(0, 1) @ weight.transpose(1, 2)  # (R, E, H)
             hidden = by_network.transpose(0, 1).flatten(1) + bias.flatten()
         if norm:  # each network is a group
-            hidden = group_norm(hidden, R, *(values.flatten() for values in affine), eps=native.EPSILON)
+            scale, shift = (values.flatten() for values in affine)
+            hidden = group_norm(hidden, R, scale, shift, eps=native.EPSILON)
         hidden = relu(hidden)
     return hidden.unflatten(1, (R, -1))
 
 
+def packed_parameters(num_networks: int, parameters: tuple[Tensor, ...]) -> Tensor:
+    """(R, …) all parameters of every network one after the other."""
+    return torch.cat([p.flatten() for p in parameters]).view(num_networks, -1)
+
+
+class Radial(ctypes.Structure):
+    """As in radial.c."""
+
+    _fields_ = native.numbers("rows inputs networks norm threads")
+
+
 class _Native(torch.autograd.Function):
-    """`convolution.c`."""
+    """`radial.c`."""
 
     @staticmethod
-    def forward(ctx, norm: bool, edge_scalars: Tensor, parameters: Tensor):
-        ctx.norm = norm
-        ctx.save_for_backward(edge_scalars, parameters)
-        return native.radial_forward(edge_scalars, parameters, norm)
+    def forward(ctx, sizes: tuple[int, int, bool], edge_scalars: Tensor, *parameters: Tensor):
+        ctx.sizes = sizes
+        ctx.save_for_backward(edge_scalars, *parameters)
+        out = edge_scalars.new_zeros(len(edge_scalars), *sizes[:2])
+        packed = packed_parameters(sizes[0], parameters)
+        native.call("radial_forward", _Native.radial(sizes, edge_scalars), edge_scalars, packed, out)
+        return out
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        edge_scalars, parameters = ctx.saved_tensors
+        edge_scalars, *parameters = ctx.saved_tensors
         wanted = ctx.needs_input_grad[1:]
         if torch.is_grad_enabled():  # for second derivatives
+            same = partial(by_torch, ctx.sizes)
+            return None, *native.differentiable_gradients(same, (edge_scalars, *parameters), wanted, grad)
+        packed, radial = packed_parameters(ctx.sizes[0], parameters), _Native.radial(ctx.sizes, edge_scalars)
+        grad_scalars = torch.zeros_like(edge_scalars) if wanted[0] else None
+        grad_packed = packed.new_empty(radial.threads, *packed.shape)
+        native.call("radial_backward", radial, edge_scalars, packed, grad.contiguous(), grad_scalars, grad_packed)
+        grads = grad_packed[0].flatten().split([p.numel() for p in parameters])
+        return None, grad_scalars, *(of.view(p.shape) for of, p in zip(grads, parameters, strict=True))
 
-            def same(edge_scalars: Tensor, parameters: Tensor) -> Tensor:
-                return by_torch(edge_scalars, parameters, native.HIDDEN, ctx.norm)
-
-            return None, *native.differentiable_gradients(same, (edge_scalars, parameters), wanted, grad)
-        return None, *native.radial_backward(edge_scalars, parameters, ctx.norm, grad.contiguous(), wanted[0])
+    @staticmethod
+    def radial(sizes: tuple[int, int, bool], edge_scalars: Tensor) -> Radial:
+        num_networks, _, norm = sizes
+        return Radial(*edge_scalars.shape, num_networks, norm, torch.get_num_threads())

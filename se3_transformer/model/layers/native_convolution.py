@@ -1,0 +1,354 @@
+"""The messages of a convolution by compiled code: gather, rotate, contract, rotate back, see the files in `c/`."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from se3_transformer.model.fiber import degree_to_dim
+from se3_transformer.model.layers import native
+from se3_transformer.model.layers.native import HIDDEN, array, numbers
+
+Groups = tuple[tuple[tuple[int, ...], int], ...]  # degrees that stand together in the edge frame, and their channels
+
+
+class Term(ctypes.Structure):
+    """One |m| of one radial network, as in contraction.c."""
+
+    _fields_ = numbers("P K Q matrix hidden x x_offset x_sign out out_offset out_sign")
+
+
+class Sizes(ctypes.Structure):
+    _fields_ = numbers("rows group hidden_row terms threads")
+
+
+class Features(ctypes.Structure):
+    """Features of a degree outside and in the edge frame, as in rotation.c."""
+
+    _fields_ = numbers("M C block data start step x rows")
+
+
+class Rotation(ctypes.Structure):
+    _fields_ = numbers("edges features threads")
+
+
+class Row(ctypes.Structure):
+    """A row of a mixture of radial weights, as in weights.c."""
+
+    _fields_ = numbers("start length coefficient row step")
+
+
+class Network(ctypes.Structure):
+    _fields_ = numbers("C_out C_in F first end")
+
+
+class Mixing(ctypes.Structure):
+    _fields_ = numbers("networks threads")
+
+
+class RadialNetwork(NamedTuple):
+    """What has to be known of a `VersatileConvSE3`."""
+
+    degrees_in: tuple[int, ...]
+    degrees_out: tuple[int, ...]
+    channels_in: int
+    channels_out: int
+    mixture: Tensor  # (F, F) float64 on the CPU, see `frame_mixture`
+
+
+class Source(NamedTuple):
+    """Features that edges carry: of some channels of a degree, from `channel` on among those of the degree."""
+
+    degree: int
+    channels: int
+    channel: int
+    of_node: bool  # of the source node, or of the edge itself
+
+
+class Plan:
+    """Sizes and places of everything in a convolution, for the C code.
+
+    Args:
+        networks: the radial networks.
+        groups_in, groups_out: see `Groups`.
+        sources: what the channels that go in are made of.
+        fused: all degrees that come out in one tensor (E, C, sum of 2l+1); there is one group then.
+    """
+
+    def __init__(
+        self,
+        networks: tuple[RadialNetwork, ...],
+        groups_in: Groups,
+        groups_out: Groups,
+        sources: tuple[Source, ...],
+        fused: bool,
+    ):
+        self.sources, self.rows_in, self.rows_out = sources, row_shapes(groups_in), row_shapes(groups_out)
+        degrees_out = [(degree, channels) for degrees, channels in groups_out for degree in degrees]
+        self.degrees_out = [degree for degree, _ in degrees_out]
+        self.degrees = sorted({source.degree for source in sources} | set(self.degrees_out))
+        self._terms(networks, groups_in, groups_out)
+
+        places: list[int] = []
+        features = []
+        for data, source in enumerate(sources):
+            features.append(self._features(source.degree, source.channels, groups_in, source.channel, places))
+            features[-1].data, features[-1].step = data, degree_to_dim(source.degree)
+        self.features_in = array(Features, features)
+        self.shapes_out, features, start = [], [], 0
+        for data, (degree, channels) in enumerate(degrees_out):
+            features.append(self._features(degree, channels, groups_out, 0, places))
+            self.shapes_out.append((channels, degree_to_dim(degree)))
+            features[-1].data, features[-1].step = data, degree_to_dim(degree)
+            if fused:
+                features[-1].data, features[-1].start = 0, start
+                start += degree_to_dim(degree)
+        if fused:
+            self.shapes_out = [(degrees_out[0][1], start)]
+            for feature in features:
+                feature.step = start
+        self.features_out = array(Features, features)
+        self.places = array(ctypes.c_int64, places)
+
+    def _features(self, degree: int, channels: int, groups: Groups, channel: int, places: list[int]) -> Features:
+        """Where features of a degree are in the edge frame, with the places of their orders added to `places`."""
+        made = Features(M=degree_to_dim(degree), C=channels, block=self.degrees.index(degree), rows=len(places))
+        for m in range(-degree, degree + 1):
+            made.x, offset, to_minus, _ = place((degree,), abs(m), groups)
+            places.append(offset + (to_minus if m < 0 else 0) + channel)
+        return made
+
+    def _terms(self, networks: tuple[RadialNetwork, ...], groups_in: Groups, groups_out: Groups) -> None:
+        """The terms, and the rows of their matrices."""
+        terms: list[Term] = []
+        rows: list[Row] = []
+        coefficients: list[float] = []
+        sizes: list[Network] = []
+        self.channels: list[tuple[int, int]] = []  # in and out, of every term
+        self.matrix_size = 0  # of all matrices
+        for number, network in enumerate(networks):
+            first, mixture = len(rows), iter(network.mixture.tolist())
+            for order in range(min(max(network.degrees_in), max(network.degrees_out)) + 1):
+                x, x_offset, x_sign, K = place(network.degrees_in, order, groups_in)
+                out, out_offset, out_sign, Q = place(network.degrees_out, order, groups_out)
+                P, matrix = 1 if order == 0 else 2, self.matrix_size
+                terms.append(Term(P, K, Q, matrix, number * HIDDEN, x, x_offset, x_sign, out, out_offset, out_sign))
+                self.channels.append((network.channels_in, network.channels_out))
+                self.matrix_size += K * P * Q * HIDDEN
+                for part in range(P):
+                    for q in range(0, Q, network.channels_out):
+                        for k in range(0, K, network.channels_in):
+                            values = next(mixture)
+                            used = [j for j, value in enumerate(values) if value]
+                            start, end = used[0], used[-1] + 1
+                            row = matrix + ((k * P + part) * Q + q) * HIDDEN
+                            rows.append(Row(start, end - start, len(coefficients), row, P * Q * HIDDEN))
+                            coefficients += values[start:end]
+            sizes.append(Network(network.channels_out, network.channels_in, len(network.mixture), first, len(rows)))
+        self.terms, self.rows, self.networks = array(Term, terms), array(Row, rows), array(Network, sizes)
+        self.coefficients = array(ctypes.c_float, coefficients)
+        self.largest_matrix = max(term.P * term.K * term.Q for term in terms) * HIDDEN
+
+    def weights(self, matrices: Tensor) -> list[Tensor]:
+        """Views of `Matrices` as `frame_weights`, (P, outs, C_out, ins, C_in, H) of every term."""
+        parts = matrices.split([term.K * term.P * term.Q * HIDDEN for term in self.terms])
+        return [
+            part.view(term.K // channels_in, channels_in, term.P, term.Q // channels_out, channels_out, HIDDEN).permute(
+                2, 3, 4, 0, 1, 5
+            )
+            for part, term, (channels_in, channels_out) in zip(parts, self.terms, self.channels, strict=True)
+        ]
+
+
+def row_shapes(groups: Groups) -> list[tuple[int, int]]:
+    """(rows, C) of every group in the edge frame."""
+    return [(sum(map(degree_to_dim, degrees)), channels) for degrees, channels in groups]
+
+
+def place(degrees: tuple[int, ...], order: int, groups: Groups) -> tuple[int, int, int, int]:
+    """Where the order +m of some degrees, all of a group or one, is found in the rows of `split_orders`.
+
+    Returns:
+        group, offset, distance to -m, count; in numbers.
+    """
+    index = next(index for index, (group, _) in enumerate(groups) if degrees[0] in group)
+    group, channels = groups[index]
+    counts = [sum(degree >= m for degree in group) for m in range(order + 1)]
+    row = counts[0] + 2 * sum(counts[1:order]) if order else 0
+    if degrees == group:
+        return index, row * channels, counts[order] * channels, counts[order] * channels
+    row += sum(order <= degree < degrees[0] for degree in group)
+    return index, row * channels, counts[order] * channels, channels
+
+
+class Matrices(torch.autograd.Function):
+    """The matrices of `contraction.c` (P · K · Q · H of all terms,) from the last layer of every radial network."""
+
+    @staticmethod
+    def forward(ctx, plan: Plan, *weights: Tensor) -> Tensor:
+        ctx.plan, ctx.shapes = plan, [weight.shape for weight in weights]
+        matrices = weights[0].new_empty(plan.matrix_size)
+        native.call(
+            "weights_forward", mixing(plan), plan.networks, plan.rows, plan.coefficients, list(weights), matrices
+        )
+        return matrices
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return None, *MatricesBackward.apply(ctx.plan, ctx.shapes, grad)
+
+
+class MatricesBackward(torch.autograd.Function):
+    """The transposed of `Matrices`, which is linear: each is the derivative of the other."""
+
+    @staticmethod
+    def forward(ctx, plan: Plan, shapes: list[torch.Size], grad: Tensor) -> tuple[Tensor, ...]:
+        ctx.plan = plan
+        weights, grad = [grad.new_empty(shape) for shape in shapes], grad.contiguous()
+        native.call("weights_backward", mixing(plan), plan.networks, plan.rows, plan.coefficients, grad, weights)
+        return tuple(weights)
+
+    @staticmethod
+    def backward(ctx, *grad: Tensor):
+        return None, None, Matrices.apply(ctx.plan, *(weight.contiguous() for weight in grad))
+
+
+def mixing(plan: Plan) -> Mixing:
+    return Mixing(len(plan.networks), torch.get_num_threads())
+
+
+class Messages(torch.autograd.Function):
+    """What comes out of a convolution, (E, C, 2l+1) of every degree, or all in one if the plan says so.
+
+    Args:
+        same: the same function of hidden, matrices and tensors in PyTorch, that can be differentiated more than once.
+        src: (E,)
+        hidden: (E / share, R, H) last hidden layers of the radial networks; edges one after the other share them.
+        matrices: see `Matrices`.
+        tensors: the sources, (N, C, 2l+1) or (E, C, 2l+1), then the Wigner blocks of the plan's degrees.
+    """
+
+    @staticmethod
+    def forward(ctx, plan: Plan, same: Callable, src: Tensor, hidden: Tensor, matrices: Tensor, *tensors: Tensor):
+        ctx.plan, ctx.same = plan, same
+        call = _Call(plan, src, hidden, matrices, tensors)
+        z = call.contract(call.rotate_in())
+        wants_blocks = any(ctx.needs_input_grad[-len(call.blocks) :])
+        ctx.save_for_backward(src, hidden, matrices, *tensors, *(z if wants_blocks else ()))
+        return tuple(call.rotate_out(z))
+
+    @staticmethod
+    def backward(ctx, *grad: Tensor):
+        src, hidden, matrices, *tensors = ctx.saved_tensors
+        wanted = ctx.needs_input_grad[3:]
+        tensors, z = tensors[: len(wanted) - 2], tensors[len(wanted) - 2 :]
+        if torch.is_grad_enabled():  # for second derivatives
+            inputs = (hidden, matrices, *tensors)
+            return None, None, None, *native.differentiable_gradients(ctx.same, inputs, wanted, grad)
+        call = _Call(ctx.plan, src, hidden, matrices, tensors)
+        return None, None, None, *call.gradients([of_degree.contiguous() for of_degree in grad], z, wanted)
+
+
+class _Call:
+    """One convolution: the tensors that the functions of the library get.
+
+    Raises:
+        ValueError: a tensor that does not have the shape that the plan says.
+        IndexError: an entry of src that is not a node.
+    """
+
+    def __init__(self, plan: Plan, src: Tensor, hidden: Tensor, matrices: Tensor, tensors: tuple[Tensor, ...]):
+        self.plan, self.src, self.hidden, self.matrices, self.num_edges = plan, src, hidden, matrices, len(src)
+        self.data, self.blocks = list(tensors[: len(plan.sources)]), list(tensors[len(plan.sources) :])
+        of_node = [source.of_node for source in plan.sources]
+        self.num_nodes = next((len(data) for data, is_it in zip(self.data, of_node, strict=True) if is_it), 0)
+        self.items = [self.num_nodes if is_it else self.num_edges for is_it in of_node]
+        self.index = [src if is_it else None for is_it in of_node]
+        expected = [(n, s.channels, degree_to_dim(s.degree)) for n, s in zip(self.items, plan.sources, strict=True)]
+        expected += [(self.num_edges, degree_to_dim(degree), degree_to_dim(degree)) for degree in plan.degrees]
+        for tensor, shape in zip(tensors, expected, strict=True):
+            if tensor.shape != shape:
+                raise ValueError(f"convolution: expected a feature or Wigner block {shape}, got {tuple(tensor.shape)}")
+
+    def rotate_in(self) -> list[Tensor]:
+        """(E, rows, C) of every group of degrees in, in the edge frame."""
+        x = [self.hidden.new_empty(self.num_edges, *shape) for shape in self.plan.rows_in]
+        self._rotate("rotate_in", self.plan.features_in, self.blocks, self.data, (self.items, self.index), x)
+        return x
+
+    def contract(self, x: list[Tensor]) -> list[Tensor]:
+        """(E, rows, C) of every group of degrees out, in the edge frame."""
+        z = [self.hidden.new_zeros(self.num_edges, *shape) for shape in self.plan.rows_out]
+        native.call(
+            "contraction_forward",
+            *(self._sizes(), self.plan.terms, x, native.row_sizes(x), self.hidden, self.matrices),
+            *(z, native.row_sizes(z)),
+        )
+        return z
+
+    def rotate_out(self, z: list[Tensor]) -> list[Tensor]:
+        """(E, C, 2l+1) of the degrees out."""
+        out = [self.hidden.new_empty(self.num_edges, *shape) for shape in self.plan.shapes_out]
+        items, nothing = [self.num_edges] * len(out), [None] * len(out)
+        self._rotate("rotate_out", self.plan.features_out, self.blocks, out, (items, nothing, nothing), z)
+        return out
+
+    def gradients(self, grad: list[Tensor], z: list[Tensor], wanted: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
+        """Gradients of hidden, matrices, and those tensors that are wanted, from those of the output.
+
+        z is needed if gradients of Wigner blocks are wanted.
+        """
+        plan, x = self.plan, self.rotate_in()
+        grad_z = [self.hidden.new_empty(self.num_edges, *shape) for shape in plan.rows_out]
+        items, nothing = [self.num_edges] * len(grad), [None] * len(grad)
+        self._rotate("rotate_in", plan.features_out, self.blocks, grad, (items, nothing), grad_z)
+
+        of_sources, of_blocks = wanted[2 : 2 + len(self.data)], wanted[2 + len(self.data) :]
+        grad_x = [torch.zeros_like(rows) for rows in x] if any(wanted[2:]) else None
+        grad_hidden, grad_matrices = torch.zeros_like(self.hidden), torch.empty_like(self.matrices)
+        sizes = self._sizes()
+        spare = self.matrices.new_empty(sizes.threads - 1, plan.largest_matrix)
+        native.call(
+            "contraction_backward",
+            *(sizes, plan.terms, x, native.row_sizes(x), self.hidden, self.matrices, grad_z, native.row_sizes(grad_z)),
+            *(grad_x, grad_hidden, grad_matrices, spare, ctypes.c_int64(plan.largest_matrix)),
+        )
+        none: tuple[None, ...] = (None,)
+        grad_data: list[Tensor] | tuple[None, ...] = none * len(self.data)
+        grad_blocks: list[Tensor] | tuple[None, ...] = none * len(self.blocks)
+        if grad_x and any(of_sources):
+            grad_data = [torch.empty_like(data) for data in self.data]
+            grouped = native.grouped(self.src, self.num_nodes)
+            starts, order = ([of if index is self.src else None for index in self.index] for of in grouped)
+            self._rotate("rotate_out", plan.features_in, self.blocks, grad_data, (self.items, starts, order), grad_x)
+        if grad_x and any(of_blocks):
+            grad_blocks = [torch.zeros_like(block) for block in self.blocks]
+            self._rotate("rotate_blocks", plan.features_in, grad_blocks, self.data, (self.index,), grad_x)
+            self._rotate("rotate_blocks", plan.features_out, grad_blocks, grad, (nothing,), z)
+        return grad_hidden, grad_matrices, *grad_data, *grad_blocks
+
+    def _rotate(
+        self,
+        name: str,
+        features: ctypes.Array,
+        blocks: list[Tensor],
+        data: list[Tensor],
+        addresses: tuple[list, ...],
+        x: list[Tensor],
+    ) -> None:
+        """A function of rotation.c; the addresses say which items of the data belong to which edges."""
+        pointers = (array(ctypes.c_int64, of) if isinstance(of[0], int) else of for of in addresses)
+        native.call(
+            name,
+            Rotation(self.num_edges, len(features), torch.get_num_threads()),
+            *(features, self.plan.places, blocks, data, native.row_sizes(data), *pointers, x, native.row_sizes(x)),
+        )
+
+    def _sizes(self) -> Sizes:
+        rows = len(self.hidden)
+        group = self.num_edges // rows if rows else 1
+        return Sizes(rows, group, self.hidden.shape[1:].numel(), len(self.plan.terms), torch.get_num_threads())
