@@ -40,8 +40,9 @@ from se3_transformer.model.layers.self_interaction import (
 from se3_transformer.model.options import check_choice
 from se3_transformer.model.segment import gather_rows, segment_mean, segment_sum
 
-# A convolution over more edges than this works in chunks that the backward pass computes again, so that what is kept
-# per edge is its message alone; with low_memory over more than the second number.
+# A convolution over more edges than this works in chunks; with low_memory over more than the second number. The
+# backward pass computes them again, so that what is kept per edge is its message alone. Without low_memory those of
+# compiled code are not computed again, which keeps little else.
 MAX_EDGES, MAX_EDGES_LOW_MEMORY = 16384, 1024
 
 SelfInteractionPer = Literal["edge", "node"]
@@ -349,8 +350,10 @@ class ConvSE3(nn.Module):
         work: Callable[..., list[Tensor]]
         geometry: dict[Any, Tensor]
         weights: Any  # as `work` wants them
-        fits = native.fits(edge_feats["0"], *self._sources(node_feats, edge_feats))
-        if fits and self._rectangles[0].radial_func.mid_dim == native.HIDDEN:
+        natively = self._rectangles[0].radial_func.mid_dim == native.HIDDEN and native.fits(
+            edge_feats["0"], *self._sources(node_feats, edge_feats)
+        )
+        if natively:
             plan, work = self._plan(), self._messages_natively
             with torch.autocast("cpu", enabled=False):
                 weights = Matrices.apply(plan, *(r.radial_func.last_weight.float() for r in self._rectangles))
@@ -372,7 +375,7 @@ class ConvSE3(nn.Module):
         if torch.compiler.is_compiling() or len(src) <= chunk:
             return messages(slice(None))
         edges = [slice(start, start + chunk) for start in range(0, len(src), chunk)]
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() and (self.low_memory or not natively):
             chunks = [checkpoint(messages, e, use_reentrant=False, preserve_rng_state=False) for e in edges]
         else:
             chunks = [messages(e) for e in edges]
