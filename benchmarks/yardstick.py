@@ -8,11 +8,11 @@ That is how implementations of this network usually work. For each edge e of dir
 
     x' = x B   (E, C_in, F, M_out),        message = R x'   (E, C_out, M_out).
 
-It is meant to be as fast as that can be: bases are made once in a forward pass, in one product, and shared by all
-layers; without zeros in them; all output degrees of an input degree in one product x B; and for each output degree one
-product with R. Where all degrees share a radial network (`tensor_cores=True`), its last layer is applied for one output
-degree after the other, or, `fully_fused`, once for all of them, which needs x' with zeros where R belongs to another
-output degree.
+It is meant to be as fast as that can be in PyTorch: bases are made once in a forward pass, in one product, and shared
+by all layers; without zeros in them; all output degrees of an input degree in one product x B; and for each output
+degree one product with R. Where all degrees share a radial network (`tensor_cores=True`), its last layer is applied for
+one output degree after the other, or, `fully_fused`, once for all of them, which needs x' with zeros where R belongs to
+another output degree.
 
     model = SE3TransformerPooled(…)
     same_function = dense(model)
@@ -32,7 +32,7 @@ from se3_transformer.model import SE3Transformer
 from se3_transformer.model.basis import clebsch_gordan
 from se3_transformer.model.fiber import degree_to_dim
 from se3_transformer.model.graph import Graph, as_graph
-from se3_transformer.model.layers import ConvSE3
+from se3_transformer.model.layers import ConvSE3, native
 from se3_transformer.model.layers.convolution import VersatileConvSE3
 from se3_transformer.model.layers.linear import mix_channels
 from se3_transformer.model.segment import gather_rows, segment_sum
@@ -209,7 +209,8 @@ class DenseSE3Transformer(SE3Transformer):
         if basis is None:
             basis = dense_bases(graph.rel_pos, self.max_degree)
         edge_feats = get_populated_edge_features(graph.rel_pos, edge_feats)
-        out = self.graph_modules(node_feats, edge_feats, graph=graph, basis=basis)
+        with native.switched_off():  # compiled attention and norms are as little part of the usual way
+            out = self.graph_modules(node_feats, edge_feats, graph=graph, basis=basis)
         if self.pooling is not None:
             return self.pooling_module(out, graph=graph)
         return out if self.return_type is None else out[str(self.return_type)]
