@@ -204,6 +204,13 @@ def test_get_basis_gradients_are_optional():
     assert not get_basis(rel_pos, max_degree=2, compute_gradients=False)["2"].requires_grad
 
 
+def test_autocast_does_not_change_the_numbers():
+    frames = edge_frames(torch.randn(7, 3))
+    expected = wigner_blocks(frames, 3)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert_same(wigner_blocks(frames, 3), expected, 0)
+
+
 def test_default_dtype_does_not_change_the_numbers():
     from helpers import default_float64
 

@@ -120,6 +120,14 @@ def test_loss_that_is_not_finite_stops_the_run(simulated):
     assert (simulated / "data/nan_last.pt").exists()
 
 
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_lower_precision(simulated, precision):
+    """With degree 2, whose Wigner blocks are products."""
+    flags = [*TINY, "--num_degrees", "3", "--epochs", "1", "--num_train", "20", "--precision", precision]
+    done = run("train_nbody.py", *flags, "--run_name", precision, cwd=simulated)
+    assert done.returncode == 0, done.stderr
+
+
 def test_preset_paper(simulated):
     done = run("train_nbody.py", "--preset", "paper", "--num_train", "20", *TINY, "--epochs", "1", cwd=simulated)
     assert done.returncode == 0, done.stderr

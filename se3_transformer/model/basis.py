@@ -139,7 +139,7 @@ def _wigner_step(degree: int, dtype: torch.dtype, device: torch.device) -> Tenso
 
 
 def wigner_blocks(rotations: Tensor, max_degree: int) -> dict[str, Tensor]:
-    """Wigner blocks of rotations by the recursion D_l = C (D_{l-1} ⊗ D_1) C^T, without angles.
+    """Wigner blocks of rotations by the recursion D_l = C (D_{l-1} ⊗ D_1) C^T, without angles; not under autocast.
 
     Args:
         rotations: (E, 3, 3), as `edge_frames` gives them.
@@ -153,7 +153,9 @@ def wigner_blocks(rotations: Tensor, max_degree: int) -> dict[str, Tensor]:
     if max_degree >= 1:
         blocks["1"] = rotations
     steps = [_wigner_step(degree, rotations.dtype, rotations.device) for degree in range(2, max_degree + 1)]
-    blocks.update({str(degree): block for degree, block in enumerate(_wigner_recursion(rotations, steps), start=2)})
+    with torch.autocast(rotations.device.type, enabled=False):
+        higher = _wigner_recursion(rotations, steps)
+    blocks.update({str(degree): block for degree, block in enumerate(higher, start=2)})
     return blocks
 
 
