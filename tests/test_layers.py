@@ -19,6 +19,7 @@ from se3_transformer.model.layers import (
     ConvSE3FuseLevel,
     GPooling,
     LinearSE3,
+    NormBiasSE3,
     NormSE3,
 )
 
@@ -371,3 +372,16 @@ def test_edges_near_an_axis(axis, sign, dtype):
         sample = sample.to(dtype)
         assert_equivariant(call, sample)
         assert_finite(gradients(call, sample, conv.named_parameters())[1], "gradients")
+
+
+@pytest.mark.parametrize("norm", [NormSE3, NormBiasSE3])
+def test_norms_in_half_precision(norm):
+    """Under autocast and as a whole; features of length 0, and of squares that half precision does not hold."""
+    feature = torch.randn(6, 4, 3) * torch.tensor([0, 1e-4, 1, 1, 100, 1000]).view(6, 1, 1)
+    exact = norm(Fiber({1: 4}))({"1": feature})["1"]
+    with torch.autocast("cpu", dtype=torch.float16):
+        found = norm(Fiber({1: 4}))({"1": feature.half()})["1"]
+    whole = norm(Fiber({1: 4})).half()({"1": feature.half()})["1"]
+    assert found.dtype == whole.dtype == torch.float16
+    for result in (found, whole):
+        assert_same(result.float(), exact, 2e-3)

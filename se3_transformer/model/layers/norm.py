@@ -52,6 +52,7 @@ class NormSE3(nn.Module):
     def _normalised(self, weight: Tensor, bias: Tensor, *features: Tensor) -> list[Tensor]:
         """From scale and shift (sum of C,) and the features of every degree."""
         lengths, channels = [clamped_length(feature) for feature in features], self.fiber.channels
+        weight, bias = weight.to(lengths[0].dtype), bias.to(lengths[0].dtype)
         if hasattr(self, "group_norm"):
             # not the one of nn.functional, which refuses one node with one channel
             normed = torch.group_norm(torch.cat(lengths, dim=-1), len(channels), weight, bias).split(channels, dim=-1)
@@ -59,7 +60,7 @@ class NormSE3(nn.Module):
             affine = zip(lengths, weight.split(channels), bias.split(channels), strict=True)
             normed = [layer_norm(length, length.shape[1:], *of_degree) for length, *of_degree in affine]
         return [
-            feature * (self.nonlinearity(new) / old).unsqueeze(-1)
+            feature * (self.nonlinearity(new) / old).to(feature.dtype).unsqueeze(-1)
             for feature, new, old in zip(features, normed, lengths, strict=True)
         ]
 
@@ -129,12 +130,17 @@ class NormBiasSE3(nn.Module):
         out = {}
         for degree, bias in self.biases.items():
             length = clamped_length(features[degree])
-            out[degree] = features[degree] * (relu(length + bias) / length).unsqueeze(-1)
+            factor = relu(length + bias) / length
+            out[degree] = features[degree] * factor.to(features[degree].dtype).unsqueeze(-1)
         return out
 
 
 def clamped_length(feature: Tensor) -> Tensor:
-    """(N, C, 2l+1) -> (N, C), at least `NormSE3.NORM_CLAMP`; with finite derivatives everywhere."""
+    """(N, C, 2l+1) -> (N, C), at least `NormSE3.NORM_CLAMP`; with finite derivatives everywhere.
+
+    In at least single precision: squares leave the range of half precision both ways.
+    """
+    feature = feature.to(torch.promote_types(feature.dtype, torch.float32))
     return feature.square().sum(dim=-1).clamp(min=NormSE3.NORM_CLAMP**2).sqrt()
 
 
