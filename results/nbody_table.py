@@ -1,4 +1,4 @@
-"""Prints the N-body tables of the README from the result files of train_nbody.py in results/nbody/.
+"""Prints the N-body tables of docs/results.md from the result files of train_nbody.py in results/nbody/.
 
     python results/nbody_table.py
 

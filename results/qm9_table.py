@@ -1,4 +1,4 @@
-"""Prints the QM9 table of the README from the result files of train_qm9.py in results/qm9/.
+"""Prints the QM9 table of docs/results.md from the result files of train_qm9.py in results/qm9/.
 
 python results/qm9_table.py
 """

@@ -114,16 +114,24 @@ def test_evaluate_repeats_the_report(prepared, trained):
     assert done.stdout.splitlines()[-3:] == trained.stdout.splitlines()[-4:-1]
 
 
+def time_of(path: Path) -> int:
+    """When a file was written; 0 if it is not there, as for a moment while a state takes the place of the one before."""
+    try:
+        return path.stat().st_mtime_ns
+    except FileNotFoundError:
+        return 0
+
+
 def test_killed_run_ends_with_the_same_bits(prepared, trained):
     """A real SIGKILL, three times at whatever step that meets; the state is saved every second step."""
     flags = [*TINY, "--epochs", "12", "--run_name", "killed", "--log_every", "1", "--save_every", "2"]
     last = prepared / "data/killed_last.pt"
     for _ in range(3):
-        before = last.stat().st_mtime_ns if last.exists() else 0
+        before = time_of(last)
         process = start(str(ROOT / "train_qm9.py"), *flags, cwd=prepared)
         deadline = time.time() + 100
         while time.time() < deadline and process.poll() is None:
-            if last.exists() and last.stat().st_mtime_ns > before:
+            if time_of(last) > before:
                 break
             time.sleep(0.005)
         time.sleep(0.05)

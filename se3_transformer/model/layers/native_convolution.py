@@ -192,9 +192,8 @@ class Matrices(torch.autograd.Function):
     def forward(ctx, plan: Plan, *weights: Tensor) -> Tensor:
         ctx.plan, ctx.shapes = plan, [weight.shape for weight in weights]
         matrices = weights[0].new_empty(plan.matrix_size)
-        native.call(
-            "weights_forward", mixing(plan), plan.networks, plan.rows, plan.coefficients, list(weights), matrices
-        )
+        own = [weight.contiguous() for weight in weights]
+        native.call("weights_forward", mixing(plan), plan.networks, plan.rows, plan.coefficients, own, matrices)
         return matrices
 
     @staticmethod
@@ -214,7 +213,7 @@ class MatricesBackward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grad: Tensor):
-        return None, None, Matrices.apply(ctx.plan, *(weight.contiguous() for weight in grad))
+        return None, None, Matrices.apply(ctx.plan, *grad)
 
 
 def mixing(plan: Plan) -> Mixing:
