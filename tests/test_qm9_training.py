@@ -115,7 +115,7 @@ def test_evaluate_repeats_the_report(prepared, trained):
 
 
 def time_of(path: Path) -> int:
-    """When a file was written; 0 if it is not there, as for a moment while a state takes the place of the one before."""
+    """When a file was written; 0 if it is not there, as for a moment while a state replaces the one before."""
     try:
         return path.stat().st_mtime_ns
     except FileNotFoundError:
