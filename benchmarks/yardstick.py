@@ -34,7 +34,7 @@ from se3_transformer.model.fiber import degree_to_dim
 from se3_transformer.model.graph import Graph, as_graph
 from se3_transformer.model.layers import ConvSE3, native
 from se3_transformer.model.layers.convolution import VersatileConvSE3
-from se3_transformer.model.layers.linear import mix_channels
+from se3_transformer.model.layers.linear import mix_degrees
 from se3_transformer.model.segment import gather_rows, segment_sum
 from se3_transformer.model.transformer import get_populated_edge_features
 
@@ -131,8 +131,8 @@ class DenseConvSE3(ConvSE3):
         if self.fused_output:
             return torch.cat([out[str(degree)] for degree in self.fiber_out.degrees], dim=2)
         if self.self_interaction:
-            for degree, kernel in self.to_kernel_self.items():
-                out[degree] = out[degree] + gather_rows(mix_channels(kernel, node_feats[degree]), graph.dst)
+            for degree, own in mix_degrees(dict(self.to_kernel_self.items()), node_feats).items():
+                out[degree] = out[degree] + gather_rows(own, graph.dst)
         if self.pool:
             out = {degree: segment_sum(feature, graph.dst, graph.num_nodes) for degree, feature in out.items()}
         return out

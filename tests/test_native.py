@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -17,11 +18,12 @@ from test_convolution import CASES, SOME, build, build_sample, call
 from se3_transformer.model import Fiber, Graph
 from se3_transformer.model.basis import ForwardBasis, get_basis
 from se3_transformer.model.layers import AttentionBlockSE3, ConvSE3, NormSE3, native
+from se3_transformer.model.layers.linear import mix_degrees
 from se3_transformer.model.transformer import get_populated_edge_features
 
 TOLERANCE = 2e-5  # of single precision, second derivatives included
 
-needs_compiler = pytest.mark.skipif(native.library() is None, reason="no C compiler here")
+needs_compiler = pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler here")
 
 
 @needs_compiler
@@ -34,7 +36,9 @@ def test_equals_pytorch(name, use_layer_norm, monkeypatch):
     monkeypatch.setattr(native, "call", lambda *args, call=native.call: (calls.append(args[0]), call(*args)))
     found, found_grads = gradients(lambda s: call(conv, s), sample, conv.named_parameters())
     both_ways = {f"{part}_{way}" for part in ("radial", "weights", "contraction") for way in ("forward", "backward")}
-    rotations = {"rotate_in", "rotate_out", "group_edges"} | ({"rotate_blocks"} if conv.max_degree else set())
+    rotations = {"rotate_in", "rotate_out", "group_edges", "sum_edges"} | (
+        {"rotate_blocks"} if conv.max_degree else set()
+    )
     assert set(calls) == both_ways | rotations
     with native.switched_off():
         expected, expected_grads = gradients(lambda s: call(conv, s), sample, conv.named_parameters())
@@ -105,7 +109,54 @@ def test_attention_and_norm(channels, fiber_in, monkeypatch):
             expected, expected_grads = results(second)
         assert_same(out, expected, TOLERANCE, "values")
         assert_same(grads, expected_grads, 10 * TOLERANCE, f"gradients, second: {second}")
-    assert {f"{part}_{way}" for part in ("attention", "norm") for way in ("forward", "backward")} <= set(calls)
+    parts = ("attention", "linear", "norm")
+    assert {f"{part}_{way}" for part in parts for way in ("forward", "backward")} <= set(calls)
+
+
+@needs_compiler
+@pytest.mark.parametrize("nodes", [0, 1, 33])
+def test_linear(nodes):
+    """Channels in two tensors, of any strides, in any number; values, gradients, and shapes that do not fit."""
+    sizes = {0: (1, 5, 7), 1: (6, 0, 4), 2: (3, 2, 1), 3: (4, 4, 9)}  # degree: channels in, appended, out
+    dims = [2 * degree + 1 for degree in sizes]
+    shared = torch.randn(nodes, 6, sum(dims)).split(dims, dim=2)  # as keys and values are
+    features = {str(d): shared[d][:, : sizes[d][0]] for d in sizes} | {"1": torch.randn(nodes, 6, 3)}
+    appended = {str(d): torch.randn(nodes, 2 * d + 1, extra).mT for d, (_, extra, _) in sizes.items() if extra}
+    weights = {str(d): torch.randn(out, c + extra) for d, (c, extra, out) in sizes.items()}
+    leaves = [t.requires_grad_() for tensors in (weights, features, appended) for t in tensors.values()]
+
+    def results():
+        mixed = mix_degrees(weights, features, appended)
+        loss = sum((x.flatten() * torch.linspace(-1, 2, x.numel())).sum() for x in mixed.values())
+        return mixed, dict(enumerate(torch.autograd.grad(loss, leaves)))
+
+    found, found_grads = results()
+    with native.switched_off():
+        expected, expected_grads = results()
+    assert all(x.grad_fn.name() == "_NativeBackward" for x in found.values())
+    assert_same(found, expected, TOLERANCE, "values")
+    assert_same(found_grads, expected_grads, TOLERANCE, "gradients")
+    with pytest.raises(RuntimeError, match="size"):
+        mix_degrees({"0": torch.randn(3, 2)}, {"0": torch.randn(4, 5, 1)})
+
+
+@needs_compiler
+def test_second_derivatives_where_one_input_is_made_of_another():
+    """Edge features made of node features: the first derivative that is differentiated again counts neither twice."""
+    conv = ConvSE3(Fiber({0: 4, 1: 4}), Fiber({0: 4, 1: 4}), Fiber({1: 2}), max_degree=1, self_interaction=True)
+    sample = random_sample({0: 4, 1: 4}, nodes=(7,), edges=(20,), dtype=torch.float32)
+
+    def second():
+        nodes = {degree: x.clone().requires_grad_() for degree, x in sample.node_feats.items()}
+        edges = get_populated_edge_features(sample.rel_pos, {"1": nodes["1"][sample.graph.dst, :2] * 2})
+        out = conv(nodes, edges, sample.graph, get_basis(sample.rel_pos, 1))
+        first = torch.autograd.grad(sum(x.square().sum() for x in out.values()), [*nodes.values()], create_graph=True)
+        return torch.autograd.grad(sum(x.square().sum() for x in first), [*nodes.values(), *conv.parameters()])
+
+    found = second()
+    with native.switched_off():
+        expected = second()
+    assert_same(dict(enumerate(found)), dict(enumerate(expected)), 10 * TOLERANCE, "second derivatives")
 
 
 @needs_compiler

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from se3_transformer.model.basis import get_basis
 from se3_transformer.model.fiber import Fiber, degree_to_dim
 from se3_transformer.model.graph import Graph, as_graph
-from se3_transformer.model.layers.attention import cat_features
+from se3_transformer.model.layers.linear import cat_features
 from se3_transformer.model.transformer import SE3Transformer
 
 if TYPE_CHECKING:

@@ -264,16 +264,8 @@ class AttentionBlockSE3(nn.Module):
         attended = self.attention(value, key, query, graph)
         inputs = {str(degree): node_features[str(degree)] for degree in self.fiber_in.degrees}
         if self.skip == "cat":
-            return self.project(cat_features(attended, inputs))
+            return self.project(attended, appended=inputs)
         return add_features(self.project(attended), inputs)
-
-
-def cat_features(features: dict[str, Tensor], others: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Channels of `features`, then those of `others` where these have the degree."""
-    return {
-        degree: torch.cat([feature, others[degree]], dim=1) if degree in others else feature
-        for degree, feature in features.items()
-    }
 
 
 def add_features(features: dict[str, Tensor], others: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -28,7 +28,7 @@ from se3_transformer.model.fiber import Fiber, degree_to_dim
 from se3_transformer.model.graph import Graph, as_graph
 from se3_transformer.model.layers import native
 from se3_transformer.model.layers.contraction import ORDERS, Contraction, RadialWeightsFirst, contract
-from se3_transformer.model.layers.linear import mix_channels
+from se3_transformer.model.layers.linear import mix_degrees
 from se3_transformer.model.layers.native_convolution import Groups, Matrices, Messages, Plan, RadialNetwork, Source
 from se3_transformer.model.layers.radial import RadialProfile, hidden_layers
 from se3_transformer.model.layers.relative_position import RELATIVE_POSITIONS, RelativePosition, cat_relative_pos
@@ -334,7 +334,7 @@ class ConvSE3(nn.Module):
         """{'l': (N, C_out, 2l+1)} of the degrees that go in and out."""
         if isinstance(self.to_kernel_self, AttentiveSelfInteractionSE3):
             return self.to_kernel_self(node_feats)
-        return {degree: mix_channels(kernel, node_feats[degree]) for degree, kernel in self.to_kernel_self.items()}
+        return mix_degrees(dict(self.to_kernel_self.items()), node_feats)
 
     def _convolve(
         self, node_feats: dict[str, Tensor], edge_feats: dict[str, Tensor], src: Tensor, basis: dict[str, Tensor]

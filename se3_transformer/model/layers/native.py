@@ -27,6 +27,7 @@ from torch import Tensor
 
 SOURCES = Path(__file__).with_name("c")
 HIDDEN = 32  # hidden units of the radial networks that it is written for
+BLOCK = 32  # edges that stand side by side, see c/common.h
 EPSILON = 1e-5  # of its layer norms, the default of torch
 # The order of sums may change, the treatment of NaN and infinity may not.
 FLAGS = (
@@ -73,11 +74,6 @@ def array(kind: Any, values: Iterable) -> ctypes.Array:
     return (kind * len(values))(*values)
 
 
-def row_sizes(tensors: list[Tensor]) -> ctypes.Array:
-    """Numbers of a row in each tensor."""
-    return array(ctypes.c_int64, (tensor.shape[1:].numel() for tensor in tensors))
-
-
 def call(name: str, *arguments) -> None:
     """Call a function of the library; tensors and lists of tensors (or None) become pointers.
 
@@ -116,6 +112,7 @@ def differentiable_gradients(
     function: Callable, inputs: tuple[Tensor, ...], wanted: tuple[bool, ...], grad: Tensor | tuple[Tensor, ...]
 ) -> tuple[Tensor | None, ...]:
     """Gradients, which can be differentiated again, of a function with respect to the wanted ones of its inputs."""
+    inputs = tuple(tensor.view_as(tensor) for tensor in inputs)  # so that no input is made of another one
     chosen = [tensor for tensor, is_wanted in zip(inputs, wanted, strict=True) if is_wanted]
     gradients = iter(torch.autograd.grad(function(*inputs), chosen, grad, create_graph=True))
     return tuple(next(gradients) if is_wanted else None for is_wanted in wanted)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from se3_transformer.model.fiber import degree_to_dim
 from se3_transformer.model.layers import native
-from se3_transformer.model.layers.native import HIDDEN, array, numbers
+from se3_transformer.model.layers.native import BLOCK, HIDDEN, array, numbers
 
 Groups = tuple[tuple[tuple[int, ...], int], ...]  # degrees that stand together in the edge frame, and their channels
 
@@ -33,7 +33,7 @@ class Features(ctypes.Structure):
 
 
 class Rotation(ctypes.Structure):
-    _fields_ = numbers("edges features threads")
+    _fields_ = numbers("edges group features threads numbers M")
 
 
 class Row(ctypes.Structure):
@@ -69,6 +69,16 @@ class Source(NamedTuple):
     of_node: bool  # of the source node, or of the edge itself
 
 
+class Side(NamedTuple):
+    """What goes into a convolution, or what comes out."""
+
+    features: ctypes.Array
+    M: int  # of the highest degree
+    numbers: ctypes.Array  # of an item of each of the data
+    largest: int  # of these
+    rows: ctypes.Array  # of each group of degrees in the edge frame: an order of a channel each
+
+
 class Plan:
     """Sizes and places of everything in a convolution, for the C code.
 
@@ -87,7 +97,7 @@ class Plan:
         sources: tuple[Source, ...],
         fused: bool,
     ):
-        self.sources, self.rows_in, self.rows_out = sources, row_shapes(groups_in), row_shapes(groups_out)
+        self.sources = sources
         degrees_out = [(degree, channels) for degrees, channels in groups_out for degree in degrees]
         self.degrees_out = [degree for degree, _ in degrees_out]
         self.degrees = sorted({source.degree for source in sources} | set(self.degrees_out))
@@ -98,7 +108,8 @@ class Plan:
         for data, source in enumerate(sources):
             features.append(self._features(source.degree, source.channels, groups_in, source.channel, places))
             features[-1].data, features[-1].step = data, degree_to_dim(source.degree)
-        self.features_in = array(Features, features)
+        shapes_in = [(source.channels, degree_to_dim(source.degree)) for source in sources]
+        self.inputs = side(features, shapes_in, groups_in)
         self.shapes_out, features, start = [], [], 0
         for data, (degree, channels) in enumerate(degrees_out):
             features.append(self._features(degree, channels, groups_out, 0, places))
@@ -111,7 +122,7 @@ class Plan:
             self.shapes_out = [(degrees_out[0][1], start)]
             for feature in features:
                 feature.step = start
-        self.features_out = array(Features, features)
+        self.outputs = side(features, self.shapes_out, groups_out)
         self.places = array(ctypes.c_int64, places)
 
     def _features(self, degree: int, channels: int, groups: Groups, channel: int, places: list[int]) -> Features:
@@ -164,16 +175,19 @@ class Plan:
         ]
 
 
-def row_shapes(groups: Groups) -> list[tuple[int, int]]:
-    """(rows, C) of every group in the edge frame."""
-    return [(sum(map(degree_to_dim, degrees)), channels) for degrees, channels in groups]
+def side(features: list[Features], shapes: list[tuple[int, int]], groups: Groups) -> Side:
+    """Of data whose items have these shapes."""
+    numbers = [channels * dim for channels, dim in shapes]
+    rows = (sum(map(degree_to_dim, degrees)) * channels for degrees, channels in groups)
+    sizes = max(feature.M for feature in features), array(ctypes.c_int64, numbers), max(numbers)
+    return Side(array(Features, features), *sizes, array(ctypes.c_int64, rows))
 
 
 def place(degrees: tuple[int, ...], order: int, groups: Groups) -> tuple[int, int, int, int]:
-    """Where the order +m of some degrees, all of a group or one, is found in the rows of `split_orders`.
+    """Where the order +m of some degrees, all of a group or one, is found in the edge frame, as `split_orders` has it.
 
     Returns:
-        group, offset, distance to -m, count; in numbers.
+        group, first row, distance to -m, count; a row is an order of a channel.
     """
     index = next(index for index, (group, _) in enumerate(groups) if degrees[0] in group)
     group, channels = groups[index]
@@ -261,10 +275,10 @@ class _Call:
     """
 
     def __init__(self, plan: Plan, src: Tensor, hidden: Tensor, matrices: Tensor, tensors: tuple[Tensor, ...]):
-        self.plan, self.src, self.hidden, self.matrices, self.num_edges = plan, src, hidden, matrices, len(src)
+        self.plan, self.src, self.hidden, self.matrices, self.num_edges = plan, src, hidden, matrices, src.shape[0]
         self.data, self.blocks = list(tensors[: len(plan.sources)]), list(tensors[len(plan.sources) :])
         of_node = [source.of_node for source in plan.sources]
-        self.num_nodes = next((len(data) for data, is_it in zip(self.data, of_node, strict=True) if is_it), 0)
+        self.num_nodes = next((data.shape[0] for data, is_it in zip(self.data, of_node, strict=True) if is_it), 0)
         self.items = [self.num_nodes if is_it else self.num_edges for is_it in of_node]
         self.index = [src if is_it else None for is_it in of_node]
         expected = [(n, s.channels, degree_to_dim(s.degree)) for n, s in zip(self.items, plan.sources, strict=True)]
@@ -274,26 +288,22 @@ class _Call:
                 raise ValueError(f"convolution: expected a feature or Wigner block {shape}, got {tuple(tensor.shape)}")
 
     def rotate_in(self) -> list[Tensor]:
-        """(E, rows, C) of every group of degrees in, in the edge frame."""
-        x = [self.hidden.new_empty(self.num_edges, *shape) for shape in self.plan.rows_in]
-        self._rotate("rotate_in", self.plan.features_in, self.blocks, self.data, (self.items, self.index), x)
-        return x
+        """Every group of degrees in, in the edge frame."""
+        return self._into_frames(self.plan.inputs, self.data, self.items, self.index)
 
     def contract(self, x: list[Tensor]) -> list[Tensor]:
-        """(E, rows, C) of every group of degrees out, in the edge frame."""
-        z = [self.hidden.new_zeros(self.num_edges, *shape) for shape in self.plan.rows_out]
+        """Every group of degrees out, in the edge frame."""
+        plan, z = self.plan, self._frames(self.plan.outputs, self.hidden.new_zeros)
         native.call(
             "contraction_forward",
-            *(self._sizes(), self.plan.terms, x, native.row_sizes(x), self.hidden, self.matrices),
-            *(z, native.row_sizes(z)),
+            *(self._sizes(), plan.terms, x, plan.inputs.rows, self.hidden, self.matrices, z, plan.outputs.rows),
         )
         return z
 
     def rotate_out(self, z: list[Tensor]) -> list[Tensor]:
         """(E, C, 2l+1) of the degrees out."""
         out = [self.hidden.new_empty(self.num_edges, *shape) for shape in self.plan.shapes_out]
-        items, nothing = [self.num_edges] * len(out), [None] * len(out)
-        self._rotate("rotate_out", self.plan.features_out, self.blocks, out, (items, nothing, nothing), z)
+        self._rotate("rotate_out", self.plan.outputs, self.blocks, out, z)
         return out
 
     def gradients(self, grad: list[Tensor], z: list[Tensor], wanted: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
@@ -301,53 +311,78 @@ class _Call:
 
         z is needed if gradients of Wigner blocks are wanted.
         """
-        plan, x = self.plan, self.rotate_in()
-        grad_z = [self.hidden.new_empty(self.num_edges, *shape) for shape in plan.rows_out]
-        items, nothing = [self.num_edges] * len(grad), [None] * len(grad)
-        self._rotate("rotate_in", plan.features_out, self.blocks, grad, (items, nothing), grad_z)
-
-        of_sources, of_blocks = wanted[2 : 2 + len(self.data)], wanted[2 + len(self.data) :]
-        grad_x = [torch.zeros_like(rows) for rows in x] if any(wanted[2:]) else None
+        plan, x, items, no_index = self.plan, self.rotate_in(), [self.num_edges] * len(grad), [None] * len(grad)
+        grad_z = self._into_frames(plan.outputs, grad, items, no_index)
+        grad_x = self._frames(plan.inputs, self.hidden.new_zeros)
         grad_hidden, grad_matrices = torch.zeros_like(self.hidden), torch.empty_like(self.matrices)
         sizes = self._sizes()
         spare = self.matrices.new_empty(sizes.threads - 1, plan.largest_matrix)
         native.call(
             "contraction_backward",
-            *(sizes, plan.terms, x, native.row_sizes(x), self.hidden, self.matrices, grad_z, native.row_sizes(grad_z)),
+            *(sizes, plan.terms, x, plan.inputs.rows, self.hidden, self.matrices, grad_z, plan.outputs.rows),
             *(grad_x, grad_hidden, grad_matrices, spare, ctypes.c_int64(plan.largest_matrix)),
         )
         none: tuple[None, ...] = (None,)
         grad_data: list[Tensor] | tuple[None, ...] = none * len(self.data)
         grad_blocks: list[Tensor] | tuple[None, ...] = none * len(self.blocks)
-        if grad_x and any(of_sources):
-            grad_data = [torch.empty_like(data) for data in self.data]
-            grouped = native.grouped(self.src, self.num_nodes)
-            starts, order = ([of if index is self.src else None for index in self.index] for of in grouped)
-            self._rotate("rotate_out", plan.features_in, self.blocks, grad_data, (self.items, starts, order), grad_x)
-        if grad_x and any(of_blocks):
+        if any(wanted[2 : 2 + len(self.data)]):
+            grad_data = [data.new_empty(self.num_edges, *data.shape[1:]) for data in self.data]
+            self._rotate("rotate_out", plan.inputs, self.blocks, grad_data, grad_x)
+            grad_data = self._of_items(grad_data)
+        if any(wanted[2 + len(self.data) :]):
             grad_blocks = [torch.zeros_like(block) for block in self.blocks]
-            self._rotate("rotate_blocks", plan.features_in, grad_blocks, self.data, (self.index,), grad_x)
-            self._rotate("rotate_blocks", plan.features_out, grad_blocks, grad, (nothing,), z)
+            self._rotate("rotate_blocks", plan.inputs, grad_blocks, self.data, grad_x, self.items, self.index)
+            self._rotate("rotate_blocks", plan.outputs, grad_blocks, grad, z, items, no_index)
         return grad_hidden, grad_matrices, *grad_data, *grad_blocks
+
+    def _frames(self, side: Side, new: Callable[..., Tensor]) -> list[Tensor]:
+        """(blocks · group, rows, BLOCK) of groups of degrees in the edge frame, see contraction.c."""
+        blocks = -(-self.hidden.shape[0] // BLOCK) * self._group()
+        return [new(blocks, rows, BLOCK) for rows in side.rows]
+
+    def _into_frames(
+        self, side: Side, data: list[Tensor], items: list[int], index: Sequence[Tensor | None]
+    ) -> list[Tensor]:
+        """Every group of degrees in the edge frame."""
+        x = self._frames(side, self.hidden.new_empty)
+        self._rotate("rotate_in", side, self.blocks, data, x, items, index)
+        return x
+
+    def _of_items(self, of_edges: list[Tensor]) -> list[Tensor]:
+        """The sum over the edges of each node, of what belongs to nodes."""
+        starts, order = native.grouped(self.src, self.num_nodes)
+        out = []
+        for data, index in zip(of_edges, self.index, strict=True):
+            if index is not None:
+                summed = data.new_empty(self.num_nodes, *data.shape[1:])
+                sizes = array(ctypes.c_int64, (self.num_nodes, data.shape[1:].numel(), torch.get_num_threads()))
+                native.call("sum_edges", sizes, starts, order, data, summed)
+                data = summed
+            out.append(data)
+        return out
 
     def _rotate(
         self,
         name: str,
-        features: ctypes.Array,
+        side: Side,
         blocks: list[Tensor],
         data: list[Tensor],
-        addresses: tuple[list, ...],
         x: list[Tensor],
+        items: list[int] | None = None,
+        index: Sequence[Tensor | None] = (),
     ) -> None:
-        """A function of rotation.c; the addresses say which items of the data belong to which edges."""
-        pointers = (array(ctypes.c_int64, of) if isinstance(of[0], int) else of for of in addresses)
+        """A function of rotation.c; items and index, if it wants them: how many the data have, which of each edge."""
+        addresses = () if items is None else (array(ctypes.c_int64, items), list(index))
+        sizes = (self.num_edges, self._group(), len(side.features), torch.get_num_threads(), side.largest, side.M)
         native.call(
             name,
-            Rotation(self.num_edges, len(features), torch.get_num_threads()),
-            *(features, self.plan.places, blocks, data, native.row_sizes(data), *pointers, x, native.row_sizes(x)),
+            *(Rotation(*sizes), side.features, self.plan.places, blocks, data, side.numbers, *addresses, x, side.rows),
         )
 
+    def _group(self) -> int:
+        """Edges that share a row of `hidden`."""
+        return self.num_edges // max(self.hidden.shape[0], 1) or 1
+
     def _sizes(self) -> Sizes:
-        rows = len(self.hidden)
-        group = self.num_edges // rows if rows else 1
-        return Sizes(rows, group, self.hidden.shape[1:].numel(), len(self.plan.terms), torch.get_num_threads())
+        hidden_row, threads = self.hidden.shape[1:].numel(), torch.get_num_threads()
+        return Sizes(self.hidden.shape[0], self._group(), hidden_row, len(self.plan.terms), threads)

@@ -109,21 +109,21 @@ class _Native(torch.autograd.Function):
     @staticmethod
     def forward(ctx, sizes: tuple[int, int, bool], edge_scalars: Tensor, *parameters: Tensor):
         ctx.sizes = sizes
-        ctx.save_for_backward(edge_scalars, *parameters)
-        out = edge_scalars.new_zeros(len(edge_scalars), *sizes[:2])
         packed = packed_parameters(sizes[0], parameters)
+        ctx.save_for_backward(edge_scalars, packed, *parameters)
+        out = edge_scalars.new_empty(edge_scalars.shape[0], *sizes[:2])
         native.call("radial_forward", _Native.radial(sizes, edge_scalars), edge_scalars, packed, out)
         return out
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        edge_scalars, *parameters = ctx.saved_tensors
+        edge_scalars, packed, *parameters = ctx.saved_tensors
         wanted = ctx.needs_input_grad[1:]
         if torch.is_grad_enabled():  # for second derivatives
             same = partial(by_torch, ctx.sizes)
             return None, *native.differentiable_gradients(same, (edge_scalars, *parameters), wanted, grad)
-        packed, radial = packed_parameters(ctx.sizes[0], parameters), _Native.radial(ctx.sizes, edge_scalars)
-        grad_scalars = torch.zeros_like(edge_scalars) if wanted[0] else None
+        radial = _Native.radial(ctx.sizes, edge_scalars)
+        grad_scalars = torch.empty_like(edge_scalars) if wanted[0] else None
         grad_packed = packed.new_empty(radial.threads, *packed.shape)
         native.call("radial_backward", radial, edge_scalars, packed, grad.contiguous(), grad_scalars, grad_packed)
         grads = grad_packed[0].flatten().split([p.numel() for p in parameters])

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from se3_transformer.model.fiber import Fiber
-from se3_transformer.model.layers.linear import LinearSE3
+from se3_transformer.model.layers.linear import LinearSE3, cat_features
 
 SelfInteraction = Literal["linear", "attentive"]
 HIDDEN = 32  # width of the networks that make weights, as of the radial networks
@@ -41,8 +41,11 @@ class AttentiveSelfInteractionSE3(nn.Module):
             products = fiber_in[degree] ** 2
             self.networks[degree] = nn.Sequential(nn.LayerNorm(products), nn.Linear(products, HIDDEN), nn.ReLU(), last)
 
-    def forward(self, features: dict[str, Tensor], *args, **kwargs) -> dict[str, Tensor]:
-        out = {}
+    def forward(
+        self, features: dict[str, Tensor], *args, appended: dict[str, Tensor] | None = None, **kwargs
+    ) -> dict[str, Tensor]:
+        """Mix; `appended`: channels that follow those of `features`, of degrees that it has."""
+        features, out = cat_features(features, appended or {}), {}
         for degree, network in self.networks.items():
             x = features[degree]  # (N, C_in, M)
             products = (x @ x.transpose(1, 2)).flatten(1)  # (N, C_in · C_in)

@@ -53,35 +53,89 @@ static inline __attribute__((always_inline)) void panel(
 
 /* c (m x width) (+)= a (m x n) b (n x width), width a multiple of WIDTH */
 static inline __attribute__((always_inline)) void product(
-    const int width, int64_t m, int64_t n, const float *a, int64_t a_row, int64_t a_column, const float *b, float *c,
-    int add)
+    const int width, int64_t m, int64_t n, const float *a, int64_t a_row, int64_t a_column, const float *b,
+    int64_t b_row, float *c, int add)
 {
     int64_t r = 0;
     for (; r + ROWS <= m; r += ROWS)
         for (int i = 0; i < width; i += WIDTH)
-            panel(ROWS, n, a + r * a_row, a_row, a_column, b + i, width, c + r * width + i, width, add);
+            panel(ROWS, n, a + r * a_row, a_row, a_column, b + i, b_row, c + r * width + i, width, add);
     for (; r < m; r++)
         for (int i = 0; i < width; i += WIDTH)
-            panel(1, n, a + r * a_row, a_row, a_column, b + i, width, c + r * width + i, width, add);
+            panel(1, n, a + r * a_row, a_row, a_column, b + i, b_row, c + r * width + i, width, add);
 }
 
-/* to (columns, BLOCK) = from (valid, columns) transposed, then zeros */
-static void load(const float *from, int64_t row, int64_t valid, int64_t columns, float *to)
+typedef float four __attribute__((vector_size(16), aligned(4), may_alias));
+#ifdef __clang__
+#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (int __attribute__((vector_size(16)))){__VA_ARGS__})
+#endif
+
+/* The columns of four rows of four. */
+static inline __attribute__((always_inline)) void transpose(
+    const float *a, const float *b, const float *c, const float *d, four columns[4])
+{
+    const four ac = SHUFFLE(*(four *)a, *(four *)c, 0, 4, 1, 5), CA = SHUFFLE(*(four *)a, *(four *)c, 2, 6, 3, 7);
+    const four bd = SHUFFLE(*(four *)b, *(four *)d, 0, 4, 1, 5), DB = SHUFFLE(*(four *)b, *(four *)d, 2, 6, 3, 7);
+    columns[0] = SHUFFLE(ac, bd, 0, 4, 1, 5), columns[1] = SHUFFLE(ac, bd, 2, 6, 3, 7);
+    columns[2] = SHUFFLE(CA, DB, 0, 4, 1, 5), columns[3] = SHUFFLE(CA, DB, 2, 6, 3, 7);
+}
+
+/* to (columns, BLOCK) = `valid` rows (columns), transposed, then zeros */
+static inline void load_rows(const float *const *rows, int64_t valid, int64_t columns, float *to)
 {
     if (valid < BLOCK) memset(to, 0, columns * BLOCK * sizeof(float));
-    for (int64_t r = 0; r < valid; r++)
-        for (int64_t c = 0; c < columns; c++) to[c * BLOCK + r] = from[r * row + c];
+    int64_t r = 0;
+    for (; r + 4 <= valid; r += 4) {
+        const float *a = rows[r], *b = rows[r + 1], *c = rows[r + 2], *d = rows[r + 3];
+        float *column = to + r;
+        int64_t i = 0;
+        for (; i + 4 <= columns; i += 4) {
+            four turned[4];
+            transpose(a + i, b + i, c + i, d + i, turned);
+            for (int j = 0; j < 4; j++, column += BLOCK) *(four *)column = turned[j];
+        }
+        for (; i < columns; i++, column += BLOCK) *(four *)column = (four){a[i], b[i], c[i], d[i]};
+    }
+    for (; r < valid; r++)
+        for (int64_t i = 0; i < columns; i++) to[i * BLOCK + r] = rows[r][i];
 }
 
-/* to (valid, columns) += from (columns, BLOCK) transposed */
-static void store(const float *from, float *to, int64_t row, int64_t valid, int64_t columns)
+/* The same from (valid, columns), with a distance from row to row. */
+static inline void load(const float *from, int64_t row, int64_t valid, int64_t columns, float *to)
 {
-    for (int64_t r = 0; r < valid; r++)
-        for (int64_t c = 0; c < columns; c++) to[r * row + c] += from[c * BLOCK + r];
+    const float *rows[BLOCK];
+    for (int64_t r = 0; r < valid; r++) rows[r] = from + r * row;
+    load_rows(rows, valid, columns, to);
+}
+
+/* to (valid, columns) (+)= from (columns, BLOCK) transposed */
+static inline __attribute__((always_inline)) void store(
+    const float *from, float *to, int64_t row, int64_t valid, int64_t columns, const int add)
+{
+    int64_t r = 0;
+    for (; r + 4 <= valid; r += 4, to += 4 * row) {
+        const float *column = from + r;
+        int64_t i = 0;
+        for (; i + 4 <= columns; i += 4, column += 4 * BLOCK) {
+            four turned[4];
+            transpose(column, column + BLOCK, column + 2 * BLOCK, column + 3 * BLOCK, turned);
+            for (int j = 0; j < 4; j++) {
+                four *place = (four *)(to + j * row + i);
+                if (add) turned[j] += *place;
+                *place = turned[j];
+            }
+        }
+        for (; i < columns; i++, column += BLOCK)
+            for (int j = 0; j < 4; j++) to[j * row + i] = add ? to[j * row + i] + column[j] : column[j];
+    }
+    for (; r < valid; r++, to += row)
+        for (int64_t i = 0; i < columns; i++) to[i] = (add ? to[i] : 0) + from[i * BLOCK + r];
 }
 
 /* Memory of the calling thread, kept for its next call; 0 if there is none. */
-static float *scratch(int64_t numbers)
+static inline float *scratch(int64_t numbers)
 {
     static _Thread_local void *memory = 0;
     static _Thread_local int64_t length = 0;

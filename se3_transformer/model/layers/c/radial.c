@@ -19,7 +19,7 @@ static void layer(
 {
     const float *bias = weights + HIDDEN * inputs, *scale = bias + HIDDEN, *shift = scale + HIDDEN;
     float mean[BLOCK] = {0}, square[BLOCK] = {0};
-    product(BLOCK, HIDDEN, inputs, weights, inputs, 1, input, normed, 0);
+    product(BLOCK, HIDDEN, inputs, weights, inputs, 1, input, BLOCK, normed, 0);
     for (int u = 0; u < HIDDEN; u++)
         for (int i = 0; i < BLOCK; i++) mean[i] += normed[u * BLOCK + i] += bias[u];
     if (r->norm) {
@@ -74,7 +74,7 @@ static void layer_backward(
     }
 }
 
-/* scalars (rows, inputs), parameters (networks, ...); out (rows, networks, HIDDEN) is added to. */
+/* scalars (rows, inputs), parameters (networks, ...); out (rows, networks, HIDDEN) is written. */
 int radial_forward(const Radial *r, const float *scalars, const float *parameters, float *out)
 {
     const int64_t first = layer_size(r, r->inputs), size = first + layer_size(r, HIDDEN);
@@ -92,14 +92,14 @@ int radial_forward(const Radial *r, const float *scalars, const float *parameter
             for (int64_t n = 0; n < r->networks; n++) {
                 layer(r, r->inputs, parameters + n * size, input, normed, inverse, hidden);
                 layer(r, HIDDEN, parameters + n * size + first, hidden, normed, inverse, last);
-                store(last, out + (row * r->networks + n) * HIDDEN, r->networks * HIDDEN, valid, HIDDEN);
+                store(last, out + (row * r->networks + n) * HIDDEN, r->networks * HIDDEN, valid, HIDDEN, 0);
             }
         }
     }
     return failed;
 }
 
-/* From the gradient of out those of scalars (if wanted, added to) and of the parameters: grad_parameters (threads,
+/* From the gradient of out those of scalars (if wanted) and of the parameters: grad_parameters (threads,
  * networks, ...), of which the first is the gradient in the end. */
 int radial_backward(
     const Radial *r, const float *scalars, const float *parameters, const float *grad, float *grad_scalars,
@@ -133,10 +133,9 @@ int radial_backward(
                 layer(r, HIDDEN, last_weights, hidden, last_normed, last_inverse, last);
                 load(grad + (row * r->networks + n) * HIDDEN, r->networks * HIDDEN, valid, HIDDEN, grad_last);
                 layer_backward(r, HIDDEN, last_weights, last_normed, last_inverse, last, grad_last, grad_last_weights);
-                memset(hidden_rows, 0, HIDDEN * BLOCK * sizeof(float));
-                store(hidden, hidden_rows, HIDDEN, BLOCK, HIDDEN);
-                product(HIDDEN, HIDDEN, BLOCK, grad_last, BLOCK, 1, hidden_rows, grad_last_weights, 1);
-                product(BLOCK, HIDDEN, HIDDEN, last_weights, 1, HIDDEN, grad_last, grad_hidden, 0);
+                store(hidden, hidden_rows, HIDDEN, BLOCK, HIDDEN, 0);
+                product(HIDDEN, HIDDEN, BLOCK, grad_last, BLOCK, 1, hidden_rows, HIDDEN, grad_last_weights, 1);
+                product(BLOCK, HIDDEN, HIDDEN, last_weights, 1, HIDDEN, grad_last, BLOCK, grad_hidden, 0);
                 layer_backward(r, I, weights, normed, inverse, hidden, grad_hidden, grad_weights);
                 for (int u = 0; u < HIDDEN; u++)
                     for (int64_t column = 0; column < I; column++) {
@@ -144,9 +143,9 @@ int radial_backward(
                         for (int i = 0; i < BLOCK; i++) sum += grad_hidden[u * BLOCK + i] * input[column * BLOCK + i];
                         grad_weights[u * I + column] += sum;
                     }
-                product(BLOCK, I, HIDDEN, weights, 1, I, grad_hidden, grad_input, n > 0);
+                product(BLOCK, I, HIDDEN, weights, 1, I, grad_hidden, BLOCK, grad_input, n > 0);
             }
-            if (grad_scalars) store(grad_input, grad_scalars + row * I, I, valid, I);
+            if (grad_scalars) store(grad_input, grad_scalars + row * I, I, valid, I, 0);
         }
 #pragma omp for schedule(static)
         for (int64_t i = 0; i < all; i++)
