@@ -1,5 +1,6 @@
 """torch.compile of a whole network: without a break in the graph, once for all numbers of nodes and edges."""
 
+import pytest
 import torch
 from battery import varied
 from helpers import assert_same, random_sample
@@ -9,6 +10,7 @@ from se3_transformer.model import Fiber, SE3Transformer
 from se3_transformer.model.basis import get_basis
 
 
+@pytest.mark.skipif(torch.__version__.startswith("2.6."), reason="torch 2.6 cannot trace names made of numbers")
 def test_one_graph_for_all_sizes():
     network = varied(
         SE3Transformer(1, Fiber({0: 2, 1: 1}), Fiber.create(2, 4), Fiber({0: 1, 1: 1}), 2, 2, Fiber({0: 1}))

@@ -65,6 +65,17 @@ def test_second_derivatives(name):
 
 
 @needs_compiler
+def test_features_of_edges_alone():
+    conv = ConvSE3(Fiber({}), Fiber({0: 2, 1: 3}), Fiber({1: 2}), max_degree=1)
+    sample = random_sample({}, {1: 2}, nodes=(7,), edges=(20,), dtype=torch.float32)
+    found, found_grads = gradients(lambda s: call(conv, s), sample, conv.named_parameters())
+    with native.switched_off():
+        expected, expected_grads = gradients(lambda s: call(conv, s), sample, conv.named_parameters())
+    assert_same(found, expected, TOLERANCE, "values")
+    assert_same(found_grads, expected_grads, TOLERANCE, "gradients")
+
+
+@needs_compiler
 @pytest.mark.parametrize("share", [1, 2])
 @pytest.mark.parametrize("rows", [0, 1, 31, 33, 100])
 def test_numbers_of_edges(rows, share):

@@ -218,7 +218,11 @@ def check_index(name: str, index: Tensor) -> None:
 
 
 def check_positions(positions: Tensor) -> None:
-    """Raise ValueError unless positions are a floating point tensor (N, 3)."""
+    """Raise TypeError unless positions are a tensor, ValueError unless it is a floating point one (N, 3)."""
+    if not isinstance(positions, Tensor):
+        raise TypeError(
+            f"positions: expected a tensor (N, 3), got {type(positions).__name__}: torch.as_tensor makes one"
+        )
     if positions.ndim != 2 or positions.shape[1] != 3 or not positions.is_floating_point():
         raise ValueError(
             f"positions: expected a floating point tensor (N, 3), got {positions.dtype} {tuple(positions.shape)}"

@@ -350,16 +350,18 @@ class _Call:
 
     def _of_items(self, of_edges: list[Tensor]) -> list[Tensor]:
         """The sum over the edges of each node, of what belongs to nodes."""
+        if all(index is None for index in self.index):
+            return of_edges
         starts, order = native.grouped(self.src, self.num_nodes)
-        out = []
-        for data, index in zip(of_edges, self.index, strict=True):
-            if index is not None:
-                summed = data.new_empty(self.num_nodes, *data.shape[1:])
-                sizes = array(ctypes.c_int64, (self.num_nodes, data.shape[1:].numel(), torch.get_num_threads()))
-                native.call("sum_edges", sizes, starts, order, data, summed)
-                data = summed
-            out.append(data)
-        return out
+
+        def summed(data: Tensor) -> Tensor:
+            out = data.new_empty(self.num_nodes, *data.shape[1:])
+            sizes = array(ctypes.c_int64, (self.num_nodes, data.shape[1:].numel(), torch.get_num_threads()))
+            native.call("sum_edges", sizes, starts, order, data, out)
+            return out
+
+        pairs = zip(of_edges, self.index, strict=True)
+        return [data if index is None else summed(data) for data, index in pairs]
 
     def _rotate(
         self,
