@@ -131,7 +131,7 @@ def test_linear(nodes):
     sizes = {0: (1, 5, 7), 1: (6, 0, 4), 2: (3, 2, 1), 3: (4, 4, 9)}  # degree: channels in, appended, out
     dims = [2 * degree + 1 for degree in sizes]
     shared = torch.randn(nodes, 6, sum(dims)).split(dims, dim=2)  # as keys and values are
-    features = {str(d): shared[d][:, : sizes[d][0]] for d in sizes} | {"1": torch.randn(nodes, 6, 3)}
+    features = {str(d): shared[d][:, : sizes[d][0]] for d in sizes} | {"1": torch.randn(nodes, 6, 1).expand(-1, -1, 3)}
     appended = {str(d): torch.randn(nodes, 2 * d + 1, extra).mT for d, (_, extra, _) in sizes.items() if extra}
     weights = {str(d): torch.randn(out, c + extra) for d, (c, extra, out) in sizes.items()}
     leaves = [t.requires_grad_() for tensors in (weights, features, appended) for t in tensors.values()]

@@ -25,7 +25,7 @@ typedef struct {
 /* to (C·M, BLOCK), of the nodes from `first` on */
 static void load_piece(const Piece *p, int64_t M, const float *from, int64_t first, int64_t valid, float *to)
 {
-    const int64_t size = p->C * M, run = M > 1 && p->order > 1 ? 1 : p->channel == M ? size : M; /* side by side */
+    const int64_t size = p->C * M, run = M > 1 && p->order != 1 ? 1 : p->channel == M ? size : M; /* side by side */
     for (int64_t i = 0; i < size; i += run)
         load(from + first * p->node + i / M * p->channel + i % M * p->order, p->node, valid, run, to + i * BLOCK);
 }
