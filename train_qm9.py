@@ -220,7 +220,7 @@ def report(trainer: Trainer, settings: EasyDict, test: torch.Tensor, best_path: 
     result = {
         **facts,
         "best_epoch": best_epoch["epoch"],
-        "validation_mae": best_epoch["val_mae"],
+        "validation_mae": best_epoch["val_selection"],
         "molecules": {"train": len(task.train), "validation": len(task.validation), "test": len(test)},
         "train_seconds": sum(facts["seconds"] for facts in trainer.history),
         "settings": trainer.settings,
@@ -230,7 +230,9 @@ def report(trainer: Trainer, settings: EasyDict, test: torch.Tensor, best_path: 
     )
     write_file(figure_path, lambda file: figure.savefig(file, dpi=110, format="png"))
     trainer.log.figure("test/parity", figure, trainer.step)
-    trainer.log.outcome(trainer.settings, {key: facts[key] for key in ("mae", "baseline_mae")}, trainer.step)
+    unit = facts["unit"]
+    errors = {f"mae [{unit}]": facts["mae"], f"mae of the {facts['baseline']} [{unit}]": facts["baseline_mae"]}
+    trainer.log.outcome(trainer.settings, errors, trainer.step)
     write_file(result_path, lambda file: file.write((json.dumps(result, indent=1) + "\n").encode()))
     print(f"\nbest epoch {best_epoch['epoch']} of {settings.epochs}, chosen by validation")
     print_error(facts)

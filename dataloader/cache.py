@@ -39,7 +39,7 @@ class CacheError(UserError):
 
     def __init__(self, path: Path, expected, came, rebuild: str):
         self.problem = f"{path}: expected {expected}, got {came}"
-        super().__init__(f"{self.problem}. Rebuild the cache with: {rebuild}")
+        super().__init__(f"{self.problem}. Make the cache with: {rebuild}")
 
 
 @dataclass(frozen=True)
@@ -166,6 +166,7 @@ def open_cache(
 
     Raises:
         CacheError: the cache cannot be used; the message says why and how to rebuild it.
+        UserError: it is one of another kind of data.
     """
     directory = Path(directory)
 
@@ -187,14 +188,15 @@ def open_cache(
         "the checksum of its content",
         "another one: the file was changed or damaged",
     )
+    recorded = manifest["settings"]
     for key, value in _as_json(settings or {}).items():
-        came = manifest["settings"].get(key, "no such setting")
-        require(came == value, path, f"{key} = {value!r}", repr(came))
+        require_setting(directory, recorded, key)
+        require(recorded[key] == value, path, f"{key} = {value!r}", repr(recorded[key]))
     if sources is not None:
-        recorded = manifest["sources"]
-        require(sources.keys() == recorded.keys(), path, f"sources {sorted(sources)}", sorted(recorded))
+        known = manifest["sources"]
+        require(sources.keys() == known.keys(), path, f"sources {sorted(sources)}", sorted(known))
         for name, source in sources.items():
-            good = same_content(source, recorded[name])
+            good = same_content(source, known[name])
             require(good, path, f"the present content of {name}", "a cache made from another one")
 
     arrays = {}
@@ -218,6 +220,15 @@ def open_cache(
         )
         arrays[name] = array
     return Cache(directory, manifest["settings"], manifest["sources"], manifest["info"], arrays)
+
+
+def require_setting(directory: str | Path, settings: dict, key: str) -> None:
+    """Raise UserError unless a cache has a setting that all caches of its kind have."""
+    if key not in settings:
+        raise UserError(
+            f"{directory} is a cache of other data: expected one with the setting {key}, got one with "
+            f"{', '.join(settings)}. Give another --name"
+        )
 
 
 def fingerprint(path: str | Path, known: dict | None = None) -> dict:

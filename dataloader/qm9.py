@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from dataloader.cache import fingerprint, open_cache
+from dataloader.cache import fingerprint, open_cache, require_setting
 from dataloader.qm9_layout import (
     ELEMENTS,
     GRAPHS,
@@ -150,13 +150,15 @@ class QM9Dataset:
 
         Raises:
             CacheError: no usable cache, of other settings, or its source has been changed since.
+            UserError: a cache of other data.
         """
         settings = {"layout": LAYOUT_VERSION} | (settings or {})
-        recorded = open_cache(cache_dir, rebuild, settings).sources
-        paths = {name: Path(cache_dir) / name for name in recorded}
+        found = open_cache(cache_dir, rebuild, settings)
+        require_setting(cache_dir, found.settings, "graph")
+        paths = {name: Path(cache_dir) / name for name in found.sources}
         present = {
             name: fingerprint(paths[name], source) if paths[name].exists() else source
-            for name, source in recorded.items()
+            for name, source in found.sources.items()
         }
         cache = open_cache(cache_dir, rebuild, settings, present, verify=True)
         return cls(cache.arrays, cache.settings, device, cache.identity)

@@ -6,7 +6,7 @@
 Clusters of atoms that attract each other by a Morse potential are drawn at a temperature (Langevin dynamics). The
 energy of the network is a sum over atoms of invariant numbers, its forces are the negative gradient with respect to
 positions; training differentiates them once more. Whether energy and forces belong together shows in dynamics without a
-thermostat: the total energy stays what it is. Units: depth and distance of the Morse well, mass of an atom.
+thermostat: the total energy stays what it is. Units: depth D and distance r0 of the Morse well, mass m of an atom.
 """
 
 import time
@@ -221,7 +221,7 @@ def plot(paths: dict[str, Tensor], time_step: float) -> Figure:
     axes = figure.subplots()
     for name, total in paths.items():
         axes.plot(time_step * torch.arange(len(total)), total - total[0], label=name, lw=1)
-    axes.set(xlabel="time", ylabel="total energy, from the start")
+    axes.set(xlabel="time [$r_0 (m/D)^{1/2}$]", ylabel="total energy, less that of the start [$D$]")
     axes.legend()
     axes.grid(alpha=0.3)
     return figure

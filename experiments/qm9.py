@@ -97,6 +97,7 @@ class QM9Task:
             if value > len(split[name]):
                 raise ValueError(f"num_{name} must be at most {len(split[name])}, as many as there are, got {value}")
         self.dataset, self.target, self.max_degree = dataset, TARGETS[task], max_degree
+        self._mae = f"mae [{self.target.shown_unit}]"  # name of the error where it is logged
         self.batch_size, self.seed, self.balanced, self.augment = batch_size, seed, balanced, augment
         self.train, self.validation = split["train"][: num_train or None], split["val"][: num_val or None]
         self.column = list(TARGETS).index(task)
@@ -132,13 +133,13 @@ class QM9Task:
 
     def loss(self, model: nn.Module, batch: QM9Batch) -> tuple[Tensor, dict[str, Tensor]]:
         error = (run_network(model, batch, self.max_degree) - batch.targets).abs().mean()
-        return error, {"mae": error * self.std * self.target.factor}
+        return error, {self._mae: error * self.std * self.target.factor}
 
     def validate(self, model: nn.Module) -> dict[str, float]:
         """MAE in the unit that is shown; it chooses the best epoch."""
         self._predicted = predict(model, self.info, self.dataset, self.validation)
         mae = mean_absolute_error(self._true(), self._predicted) * self.target.factor
-        return {"mae": mae, "selection": mae}
+        return {self._mae: mae, "selection": mae}
 
     def figures(self, model: nn.Module) -> dict[str, Figure]:
         return {"parity": plot_parity(self._true(), self._predicted, self.target)}

@@ -41,7 +41,7 @@ def assert_same(actual, expected, tolerance=None, what="output"):
     wrong = []
     for name, should in expected.items():
         got, should = actual[name].detach(), should.detach()
-        allowed = tolerance or TOLERANCE[got.dtype]
+        allowed = TOLERANCE[got.dtype] if tolerance is None else tolerance
         if got.shape != should.shape:
             wrong.append(f"{name}: shape {tuple(got.shape)}, expected {tuple(should.shape)}")
             continue

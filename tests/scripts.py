@@ -6,6 +6,7 @@ import os
 import runpy
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parent.parent
+PATIENCE = 600  # seconds: on a busy machine anything may take long, and only what hangs takes as long as this
 
 
 @dataclass
@@ -56,3 +58,38 @@ def start(*command: str, cwd: Path) -> subprocess.Popen:
     return subprocess.Popen(
         [sys.executable, *command], cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
+
+
+def time_of(path: Path) -> int:
+    """When a file was written (ns), 0 if there is none: between two renames there is none for a moment."""
+    try:
+        return path.stat().st_mtime_ns
+    except FileNotFoundError:
+        return 0
+
+
+def wait_for_file(path: Path, process: subprocess.Popen, after: int = 0) -> None:
+    """Wait until a process has written a file, later than this `time_of` it."""
+    deadline = time.monotonic() + PATIENCE
+    while time_of(path) <= after:
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline, f"{path} does not come"
+        time.sleep(0.005)
+
+
+# Goes before the code of a process of its own, which then kills itself at the k-th call of a function.
+KILL_AT = """
+import os, signal
+
+def kill_at(owner, name, calls):
+    original = getattr(owner, name)
+
+    def killer(*args, **kwargs):
+        nonlocal calls
+        calls -= 1
+        if calls == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*args, **kwargs)
+
+    setattr(owner, name, killer)
+"""

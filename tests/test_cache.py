@@ -6,17 +6,17 @@ import re
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
+from scripts import KILL_AT, ROOT
 
 from dataloader.cache import CacheError, CacheWriter, fingerprint, open_cache, same_content
 from se3_transformer.runtime.files import exclusive, write_file
+from se3_transformer.runtime.script import UserError
 
 REBUILD = "python rebuild.py --all"
 SETTINGS = {"delta": 5, "rule": "spread", "pair": (1, 2)}
-ROOT = Path(__file__).parent.parent
 
 
 def write(directory, settings=SETTINGS, sources=None, value=0):
@@ -90,7 +90,7 @@ def test_a_damaged_cache_is_refused(directory, fault):
     damage(directory)
     with pytest.raises(CacheError, match=message) as error:
         open_cache(directory, REBUILD)
-    assert str(error.value).endswith(f"Rebuild the cache with: {REBUILD}")
+    assert str(error.value).endswith(f"Make the cache with: {REBUILD}")
     assert REBUILD not in error.value.problem
 
 
@@ -114,11 +114,15 @@ def test_a_changed_bit_of_an_array_is_noticed_on_verification(directory):
 @pytest.mark.parametrize(("settings", "message"), [
     ({"delta": 10}, "expected delta = 10, got 5"),
     ({"rule": "first"}, "expected rule = 'first', got 'spread'"),
-    ({"more": 1}, "expected more = 1, got 'no such setting'"),
 ])  # fmt: skip
 def test_other_settings_are_refused(directory, settings, message):
     with pytest.raises(CacheError, match=message):
         open_cache(directory, REBUILD, settings)
+
+
+def test_a_cache_of_other_data_is_refused(directory):
+    with pytest.raises(UserError, match="is a cache of other data: expected one with the setting more, got one with"):
+        open_cache(directory, REBUILD, {"more": 1})
 
 
 def test_other_sources_are_refused(directory, tmp_path):
@@ -152,23 +156,13 @@ def test_a_failing_writer_leaves_the_old_cache(directory):
     assert [path.name for path in directory.parent.iterdir() if path.is_dir()] == ["set"]
 
 
-# Kills itself at the k-th call of a function that the writer uses, while it replaces a cache.
-KILLED_WRITER = """
-import os, signal, sys
+REPLACE_A_CACHE = """
+import sys
 from pathlib import Path
-import numpy as np
 from dataloader.cache import CacheWriter
 directory, name, calls = sys.argv[1], sys.argv[2], int(sys.argv[3])
-owner = {"replace": Path, "rename": Path, "fsync": os, "mkdir": Path}[name]
-original = getattr(owner, name)
-def killer(*args, **kwargs):
-    global calls
-    calls -= 1
-    if calls == 0:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return original(*args, **kwargs)
 with CacheWriter(directory, {"delta": 6}, {}) as writer:
-    setattr(owner, name, killer)
+    kill_at(os if name == "fsync" else Path, name, calls)
     writer.create("x", (4, 3), "float32")[:] = 1
     writer.create("i", (5,), "int64")[:] = 1
 """
@@ -179,7 +173,8 @@ with CacheWriter(directory, {"delta": 6}, {}) as writer:
 ])  # fmt: skip
 def test_a_killed_writer_leaves_nothing_half_done(directory, name, calls, left):
     """Killed in writing the manifest, before renaming it, before and between renaming the directories, and after."""
-    process = subprocess.run([sys.executable, "-c", KILLED_WRITER, directory, name, str(calls)], cwd=ROOT, check=False)
+    command = [sys.executable, "-c", KILL_AT + REPLACE_A_CACHE, directory, name, str(calls)]
+    process = subprocess.run(command, cwd=ROOT, check=False)
     assert process.returncode == -signal.SIGKILL
     if left == "none":
         with pytest.raises(CacheError, match="no such file"):

@@ -332,6 +332,21 @@ def test_layers_without_degrees():
         LinearSE3(Fiber({0: 3}), Fiber({1: 4}))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_convolution_alone(dtype):
+    """What the model would have looked at: edge scalars without the distance, or too many; a foreign basis."""
+    conv = ConvSE3(Fiber({0: 3}), Fiber({0: 2, 1: 2}), Fiber({0: 2}), max_degree=1).to(dtype)
+    sample = random_sample({0: 3}, dtype=dtype)
+    basis = get_basis(sample.rel_pos, 1)
+    for channels in (2, 40):
+        with refused("degree 0", r"\(12, 3, 1\)", rf"got \(12, {channels}, 1\)"):
+            scalars = torch.zeros(len(sample.rel_pos), channels, 1, dtype=dtype)
+            conv(sample.node_feats, {"0": scalars}, sample.graph, basis)
+    with refused("basis", r"\[0, 1\]", "0,0", error=ValueError):
+        edges = {"0": torch.zeros(len(sample.rel_pos), 3, 1, dtype=dtype)}
+        conv(sample.node_feats, edges, sample.graph, {"0,0": basis["0"], "fully_fused": basis["1"]})
+
+
 @pytest.mark.parametrize(
     "structure, parts",
     [

@@ -7,6 +7,7 @@ import sys
 import torch
 from battery import varied
 from helpers import assert_same, degenerate_samples, random_sample
+from scripts import PATIENCE
 
 from se3_transformer.model import Fiber, SE3TransformerPooled
 from se3_transformer.runtime.export import export_model
@@ -44,7 +45,7 @@ def test_exported_model_runs_without_this_package(tmp_path):
     export_model(model, tmp_path / "model.pt2")
     torch.save(inputs, tmp_path / "inputs.pt")
     code = inspect.getsource(output_and_gradient) + ELSEWHERE
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr[-3000:]
     results = torch.load(tmp_path / "results.pt", weights_only=True)
     for sample, result in zip(samples, results, strict=True):

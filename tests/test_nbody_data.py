@@ -19,8 +19,10 @@ from dataloader.nbody import NBodyDataset, baseline_errors, fully_connected_edge
 from dataloader.nbody_files import describe_simulations, load_simulations, save_simulations
 from dataloader.nbody_protocols import PROTOCOLS, cache_settings, eval_start_frames, position_std
 from dataloader.nbody_simulator import simulate
+from dataloader.qm9 import QM9Dataset
 from experiments.nbody import NBodyNetwork, equivariance_error
 from se3_transformer.model.basis import edge_frames
+from se3_transformer.runtime.script import UserError
 
 ROOT = Path(__file__).parent.parent
 SIZES = {"train": 6, "val": 4, "test": 5}
@@ -466,10 +468,12 @@ def test_wrong_caches_are_refused(data_dir, tmp_path):
     cache = data_dir / "cache" / "nbody"
     with pytest.raises(CacheError, match="expected delta_frames = 10, got 5.*python preprocess_nbody.py --mine"):
         NBodyDataset(cache, "train", cache_settings("paper"), rebuild="python preprocess_nbody.py --mine")
-    with pytest.raises(CacheError, match="got no such file. Rebuild the cache with: python preprocess_nbody.py"):
+    with pytest.raises(CacheError, match="got no such file. Make the cache with: python preprocess_nbody.py"):
         NBodyDataset(tmp_path, "train")
     with pytest.raises(KeyError, match="expected one of the splits train, val, test, got 'validation'"):
         NBodyDataset(cache, "validation")
+    with pytest.raises(UserError, match="is a cache of other data: expected one with the setting graph"):
+        QM9Dataset.open(cache)
 
 
 def test_baselines(data_dir, preset):

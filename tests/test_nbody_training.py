@@ -2,13 +2,12 @@
 
 import json
 import signal
-import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from scripts import ROOT, Done, run, start
+from scripts import PATIENCE, ROOT, Done, run, start, wait_for_file
 
 from dataloader.nbody import NBodyDataset
 from experiments.augment import random_turns, turn_matrices
@@ -67,11 +66,9 @@ def test_interrupted_run_ends_with_the_same_bits(simulated):
     assert run("train_nbody.py", *flags, "--run_name", "straight", cwd=simulated).returncode == 0
     process = start(str(ROOT / "train_nbody.py"), *flags, "--run_name", "broken", cwd=simulated)
     last = simulated / "data/broken_last.pt"
-    deadline = time.time() + 120
-    while not last.exists() and time.time() < deadline:
-        time.sleep(0.01)
+    wait_for_file(last, process)
     process.send_signal(signal.SIGINT)
-    _, stderr = process.communicate(timeout=60)
+    _, stderr = process.communicate(timeout=PATIENCE)
     assert process.returncode != 0 and "the same command goes on" in stderr
     stopped_at = load_checkpoint(last)
     assert (stopped_at["epoch"], stopped_at["step_in_epoch"]) < (15, 0)
@@ -251,7 +248,7 @@ def test_plain_network_trains_and_loads(simulated):
 def test_learning_curve(simulated):
     flags = ["--sizes", "8", "--steps", "1", "--output", "curve", *TINY[:-4], "--threads", "1"]
     process = start(str(ROOT / "results/nbody_learning_curve.py"), *flags, cwd=simulated)
-    stdout, stderr = process.communicate(timeout=240)
+    stdout, stderr = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0, stderr
     result = json.loads((simulated / "curve.json").read_text())
     assert result["simulations"] == [8] and len(result["mse_x"]) == 3
@@ -289,7 +286,7 @@ def test_two_processes_equal_one(simulated):
     assert run("train_nbody.py", *flags, "--run_name", "one", cwd=simulated).returncode == 0
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     process = start(*launcher, str(ROOT / "train_nbody.py"), *flags, "--run_name", "two", cwd=simulated)
-    stdout, stderr = process.communicate(timeout=240)
+    stdout, stderr = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0, stderr
     assert stdout.count("Test error on 10 simulations") == 1
     one, two = (json.loads((simulated / f"data/{name}_result.json").read_text()) for name in ("one", "two"))

@@ -10,7 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import pytest
-from scripts import ROOT
+from scripts import PATIENCE, ROOT
 
 try:
     version("pip")
@@ -51,7 +51,7 @@ def wheel(tmp_path_factory):
 
 
 def run(*command, python=sys.executable, cwd=None):
-    done = subprocess.run([python, *map(str, command)], cwd=cwd, capture_output=True, text=True, timeout=300)
+    done = subprocess.run([python, *map(str, command)], cwd=cwd, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
     return done.stdout
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from qm9_molecules import SMALL, many_molecules, one_by_one, save, small_molecules
-from scripts import ROOT, Done, run, start
+from scripts import PATIENCE, ROOT, Done, run, start
 from test_molecules import small_mols, write_sdf, write_xyz
 
 from dataloader.qm9 import QM9Dataset, split_molecules
@@ -124,7 +124,7 @@ def test_smiles_with_a_warning(work):
     script = str(ROOT / "predict_qm9.py")
     (work / "predictions.png").write_bytes(b"of other molecules")
     process = start(script, "--checkpoint", "best.pt", "--smiles", "CCO c1ccccc1", "--threads", "1", cwd=work)
-    _, stderr = process.communicate(timeout=120)
+    _, stderr = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0, stderr
     assert stderr.startswith("warning: the geometries of SMILES are guessed with a force field")
     header, rows = table(work)

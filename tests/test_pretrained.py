@@ -81,7 +81,7 @@ def test_nbody_errors_are_those_of_the_card(simulated, preset):
         ("readme", "nbody_paper", "trained with --preset paper --box_size 0.0, got --preset readme --box_size 5.0"),
         ("paper", "nbody_egnn", "trained with --preset egnn, got --preset paper"),
         ("paper", "qm9_homo_tiny", "expected a checkpoint of train_nbody.py, got one with network, info"),
-        ("paper", "nbody_missing", "No such file"),
+        ("paper", "nbody_missing", "no such checkpoint"),
     ],
 )
 def test_wrong_checkpoints_are_refused(simulated, preset, name, message):

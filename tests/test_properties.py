@@ -229,9 +229,12 @@ def last_convolution_options(draw):
 
 def transformer_options(draw):
     options = model_options(draw) | choices(
-        draw, last_layer=("conv", "attention"), last_self_interaction=SELF_INTERACTION
+        draw,
+        final_layer=("conv", "attention"),
+        last_self_interaction=SELF_INTERACTION,
+        populate_edge=("lin", "arcsin", "log", "zero"),
     )
-    return options | last_convolution_options(draw) if options["last_layer"] == "conv" else options
+    return options | last_convolution_options(draw) if options["final_layer"] == "conv" else options
 
 
 def output_options(draw, fiber_out):
@@ -269,7 +272,7 @@ def draw_model(draw, options, channels, common):
 def transformers(draw):
     num_heads, channels_div, channels = draw(heads())
     options = transformer_options(draw)
-    keys_at_the_end = options["last_layer"] == "attention" or options["last_self_interaction"] == "attentive"
+    keys_at_the_end = options["final_layer"] == "attention" or options["last_self_interaction"] == "attentive"
     model = draw_model(draw, options, channels, common=(True, keys_at_the_end))
     model["options"]["skip"] = draw_skip(draw, model["fiber_in"], model["fiber_hidden"])
     return Transformer(num_heads=num_heads, channels_div=channels_div, **model)

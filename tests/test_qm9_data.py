@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from qm9_molecules import MOLECULES, SMALL, concatenate, many_molecules, one_by_one, save, small_molecules
+from scripts import KILL_AT, ROOT
 
 import preprocess_qm9
 from dataloader.cache import CacheError, open_cache
@@ -22,7 +23,6 @@ from dataloader.qm9_layout import GRAPHS, TARGETS, cache_settings, check_molecul
 from se3_transformer.model import Fiber, SE3Transformer
 from se3_transformer.model.basis import edge_frames, get_basis
 
-ROOT = Path(__file__).parent.parent
 SHARED = Path(os.environ.get("SE3_SHARED", ROOT.parent / "shared")) / "qm9" / "qm9_edge.npz"
 RADIUS = 2.0  # Å: between bonded and opposite atoms of the small molecules
 
@@ -530,7 +530,7 @@ def test_damaged_caches_are_refused_and_mended(own, fault):
     damage(cache)
     with pytest.raises(CacheError, match=message) as error:
         QM9Dataset.open(cache)
-    assert str(error.value).endswith("Rebuild the cache with: python preprocess_qm9.py")
+    assert str(error.value).endswith("Make the cache with: python preprocess_qm9.py")
     preprocess("--source", source, "--data_dir", data_dir)
     assert len(QM9Dataset.open(cache)) == 20
 
@@ -561,19 +561,12 @@ def test_other_layouts_and_graphs_are_refused(own, monkeypatch, capsys):
         QM9Dataset.open(cache)
 
 
-KILLED = """
-import os, signal, sys
+PREPROCESS = """
+import sys
 import dataloader.qm9, preprocess_qm9
 name, calls = sys.argv.pop(1), int(sys.argv.pop(1))
 owner, attribute = {"frames": (dataloader.qm9, "edge_frames"), "rename": (preprocess_qm9.Path, "rename")}[name]
-original = getattr(owner, attribute)
-def killer(*args):
-    global calls
-    calls -= 1
-    if calls == 0:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return original(*args)
-setattr(owner, attribute, killer)
+kill_at(owner, attribute, calls)
 dataloader.qm9.BLOCK = 5
 preprocess_qm9.main()
 """
@@ -584,7 +577,8 @@ def test_killed_it_leaves_the_old_cache_or_none(own, name, calls, left):
     """In the midst of computing frames, and between the two renames of directories; see test_cache.py for the rest."""
     source, data_dir = own
     flags = ["--source", source, "--data_dir", data_dir, "--graph", "complete"]
-    process = subprocess.run([sys.executable, "-c", KILLED, name, str(calls), *flags], cwd=ROOT, check=False)
+    command = [sys.executable, "-c", KILL_AT + PREPROCESS, name, str(calls), *flags]
+    process = subprocess.run(command, cwd=ROOT, check=False)
     assert process.returncode == -signal.SIGKILL
     cache = data_dir / "cache" / "qm9"
     if left == "old":

@@ -23,6 +23,7 @@ import math
 import warnings
 from collections.abc import Callable
 from functools import cache, wraps
+from threading import Lock
 from types import SimpleNamespace
 
 import torch
@@ -106,12 +107,17 @@ def constant(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """
     values = SimpleNamespace()
     names: dict[tuple, str] = {}
+    lock = Lock()
 
     @torch.compiler.assume_constant_result
     def name_of(*args) -> str:
         if args not in names:
-            names[args] = f"value_{len(names)}"
-            setattr(values, names[args], function(*args))
+            with torch.inference_mode(False):  # made in inference, it could not be used in training
+                value = function(*args)
+            with lock:  # several threads may want it at the same time
+                name = f"value_{len(names)}"
+                setattr(values, name, value)
+                names[args] = name
         return names[args]
 
     @wraps(function)

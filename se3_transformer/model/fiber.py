@@ -65,6 +65,14 @@ class Fiber(dict):
         return [element.channels for element in self.structure]
 
     @property
+    def by_channels(self) -> list[int]:
+        """Degrees from few to many channels: layers make their parameters in this order, as the known package does.
+
+        The state of an optimizer, other than weights, is loaded by position.
+        """
+        return sorted(self.degrees, key=self.__getitem__)
+
+    @property
     def num_features(self) -> int:
         """Numbers in one feature: sum over degrees of channels · (2l+1)."""
         return sum(channels * degree_to_dim(degree) for degree, channels in self.structure)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import sys
 import zipfile
+from copy import deepcopy
 from pathlib import Path
 
 import torch
@@ -33,8 +34,8 @@ def save_checkpoint(path: str | Path, content: dict, keep_previous: bool = False
     write_file(path, lambda file: file.write(buffer.getbuffer()), keep=previous_path(path) if keep_previous else None)
 
 
-def load_checkpoint(path: str | Path, map_location: str | torch.device = "cpu") -> dict:
-    """What `save_checkpoint` wrote; nothing in the file is executed.
+def load_checkpoint(path: str | Path) -> dict:
+    """What `save_checkpoint` wrote, on the CPU; nothing in the file is executed.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -44,9 +45,13 @@ def load_checkpoint(path: str | Path, map_location: str | torch.device = "cpu") 
         with zipfile.ZipFile(path) as file:
             if damaged := file.testzip():  # torch does not compare checksums
                 raise CheckpointError(f"{path}: not a readable checkpoint ({damaged} in it is damaged)")
-        content = torch.load(path, map_location=map_location, weights_only=True)
-    except (FileNotFoundError, CheckpointError):
+        # Mapped: older versions of torch believe the sizes in a file and read beyond its end, but not of a mapped one.
+        content = deepcopy(torch.load(path, map_location="cpu", weights_only=True, mmap=True))
+    except CheckpointError:
         raise
+    except FileNotFoundError:
+        message = f"{path}: no such checkpoint; a training writes its first one after its first validation"
+        raise FileNotFoundError(message) from None
     except Exception as error:  # a damaged file may raise anything
         raise CheckpointError(f"{path}: not a readable checkpoint ({type(error).__name__}: {error})") from error
     if not isinstance(content, dict):

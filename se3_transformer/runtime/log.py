@@ -50,9 +50,9 @@ class RunLog:
         self._writer.add_figure(tag, figure, step)
 
     def outcome(self, settings: Mapping[str, object], metrics: Mapping[str, float], step: int) -> None:
-        """Record the settings of the run with its final metrics."""
+        """Record the settings of the run with its test errors."""
         plain = {key: value if isinstance(value, (bool, int, float)) else str(value) for key, value in settings.items()}
-        tagged = {f"final/{name}": value for name, value in metrics.items()}
+        tagged = {f"test/{name}": value for name, value in metrics.items()}
         self._writer.add_hparams(plain, tagged, run_name=".", global_step=step)
         self._write({"step": step, "settings": plain} | tagged)
         self.close()

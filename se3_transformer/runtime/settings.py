@@ -46,7 +46,10 @@ def parse_settings(
     Exits with status 2 and a message for an unknown flag or a value that does not fit.
     """
     parser = SettingsParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        usage="%(prog)s [--help] [--SETTING VALUE ...]",  # or every message would come after twenty lines of flags
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     source = "".join(linecache.getlines(check.__code__.co_filename)).replace("%", "%%")
     sentences = dict(re.findall(r"^ +(\w+)=.*,  # (.*)$", source, re.MULTILINE))

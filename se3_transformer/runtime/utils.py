@@ -4,17 +4,27 @@ from __future__ import annotations
 
 import argparse
 import os
+import random
+from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
+import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from se3_transformer.model.fiber import degree_to_dim
+from se3_transformer.runtime.distributed import is_main
 
 __all__ = [
     "aggregate_residual",
     "degree_to_dim",
     "get_local_rank",
+    "increase_l2_fetch_granularity",
+    "init_distributed",
+    "rank_zero_only",
+    "seed_everything",
     "str2bool",
     "to_cuda",
     "unfuse_features",
@@ -68,3 +78,34 @@ def using_tensor_cores(amp: bool) -> bool:
 def get_local_rank() -> int:
     """Number of this process on its machine, 0 without a launcher."""
     return int(os.environ.get("LOCAL_RANK", 0))
+
+
+def init_distributed() -> bool:
+    """Join the processes that a launcher started, if there are several; returns whether there are."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return False
+    if torch.cuda.is_available():
+        torch.cuda.set_device(get_local_rank())
+    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    return True
+
+
+def rank_zero_only(function: Callable) -> Callable:
+    """The function on the main process, nothing on the others."""
+
+    @wraps(function)
+    def wrapper(*args, **kwargs):
+        return function(*args, **kwargs) if is_main() else None
+
+    return wrapper
+
+
+def seed_everything(seed: int | str) -> None:
+    """Seed the random numbers of Python, NumPy and torch."""
+    random.seed(int(seed))
+    np.random.seed(int(seed))
+    torch.manual_seed(int(seed))
+
+
+def increase_l2_fetch_granularity() -> None:
+    """Nothing: a setting of the GPU that made the known package faster, and that nothing here profits from."""

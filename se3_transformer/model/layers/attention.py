@@ -70,13 +70,14 @@ class AttentionSE3(nn.Module):
             together = torch.cat([query[str(degree)] for degree in self.key_fiber.degrees], dim=-1)
         queries, values = self._flat(together, self.key_fiber), self._flat(value, self.value_fiber)
         keys_values = (values,) if key is None else (values, self._flat(key, self.key_fiber))
-        for name, features, rows in (
-            ("queries", (queries,), graph.num_nodes),
-            ("keys and values", keys_values, graph.num_edges),
-        ):
-            if any(feature.shape[0] != rows for feature in features):
-                raise ValueError(f"attention: expected {name} with {rows} rows, got {[f.shape[0] for f in features]}")
         sizes = (self.num_heads, self.value_fiber.num_features, self.key_fiber.num_features)
+        of_edge = sizes[1:] if key is not None else (sum(sizes[1:]),)
+        names = ("queries", *["keys and values"] * len(keys_values))
+        shapes = ((graph.num_nodes, sizes[2]), *((graph.num_edges, size) for size in of_edge))
+        for name, feature, shape in zip(names, (queries, *keys_values), shapes, strict=True):
+            if feature.shape != shape:
+                expected, got = (f"{numbers} numbers in {rows} rows" for rows, numbers in (shape, feature.shape))
+                raise ValueError(f"attention: expected {name} of {expected}, got {got}")
         if native.fits(queries, *keys_values, precisions=(torch.float32,)):
             tensors = (tensor.contiguous() for tensor in (queries, *keys_values))
             summed = _Native.apply(sizes, graph.dst, *tensors)
@@ -156,7 +157,7 @@ class _Native(torch.autograd.Function):
         native.call(
             "attention_backward",
             *_Native.arguments(ctx.sizes, query, value, key),
-            *(starts, order, value, key, query, weights, grad.contiguous(), grad_value, grad_key, grads[0]),
+            *(starts, order, value, key, query, weights, native.plain(grad), grad_value, grad_key, grads[0]),
         )
         return None, None, *grads
 

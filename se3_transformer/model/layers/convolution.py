@@ -247,6 +247,7 @@ class ConvSE3(nn.Module):
         same_in = len(set(self.fiber_source.channels)) == 1 and self.fiber_source.degrees == all_degrees
         same_out = len(set(fiber_out.channels)) == 1 and fiber_out.degrees == all_degrees
         partial = fuse_level in (ConvSE3FuseLevel.PARTIAL, ConvSE3FuseLevel.FULL)
+        degrees_in = [*fiber_in.by_channels, *(d for d in self.fiber_source.degrees if d not in fiber_in)]
 
         def rectangle(degrees_in: list[int], degrees_out: list[int], **kwargs) -> VersatileConvSE3:
             return VersatileConvSE3(
@@ -265,15 +266,15 @@ class ConvSE3(nn.Module):
             self.conv: nn.Module = self._rectangles[0]
         elif partial and same_in:
             self.used_fuse_level = ConvSE3FuseLevel.PARTIAL
-            named = {str(d): rectangle(all_degrees, [d]) for d in fiber_out.degrees}
+            named = {str(d): rectangle(all_degrees, [d]) for d in fiber_out.by_channels}
             self.conv_out, self._rectangles = nn.ModuleDict(named), list(named.values())
         elif partial and same_out:
             self.used_fuse_level = ConvSE3FuseLevel.PARTIAL
-            named = {str(d): rectangle([d], all_degrees) for d in self.fiber_source.degrees}
+            named = {str(d): rectangle([d], all_degrees) for d in degrees_in}
             self.conv_in, self._rectangles = nn.ModuleDict(named), list(named.values())
         else:
             self.used_fuse_level = ConvSE3FuseLevel.NONE
-            pairs = product(self.fiber_source.degrees, fiber_out.degrees)
+            pairs = product(degrees_in, fiber_out.by_channels)
             named = {f"{i},{o}": rectangle([i], [o], unit_scalar_kernel=True) for i, o in pairs}
             self.conv, self._rectangles = nn.ModuleDict(named), list(named.values())
 
@@ -287,11 +288,11 @@ class ConvSE3(nn.Module):
             self.to_kernel_self = AttentiveSelfInteractionSE3(fiber_in, fiber_out)
         elif self_interaction:
             self.to_kernel_self = nn.ParameterDict(
-                {
-                    str(degree): nn.Parameter(torch.randn(channels, fiber_in[degree]) / fiber_in[degree] ** 0.5)
-                    for degree, channels in fiber_out
-                    if degree in fiber_in
-                }
+                [  # of pairs, because a dict would be sorted
+                    (str(d), nn.Parameter(torch.randn(fiber_out[d], fiber_in[d]) / fiber_in[d] ** 0.5))
+                    for d in fiber_out.by_channels
+                    if d in fiber_in
+                ]
             )
 
     def forward(
@@ -343,9 +344,18 @@ class ConvSE3(nn.Module):
 
         With `fused_output` all in one, (E, C_out, sum of 2l+1).
         """
-        if edge_feats["0"].shape[0] != src.shape[0]:
-            rows = tuple(edge_feats["0"].shape)
-            raise ValueError(f"edge features: expected {src.shape[0]} rows, one for each edge, got degree 0 as {rows}")
+        expected = (src.shape[0], self.fiber_edge[0] + 1, 1)
+        if edge_feats["0"].shape != expected:
+            raise ValueError(
+                f"edge features: expected degree 0 as {expected}, the distance in the last channel (see "
+                f"get_populated_edge_features), got {tuple(edge_feats['0'].shape)}"
+            )
+        needed = sorted({*self.fiber_source.degrees, *self.fiber_out.degrees})
+        if any(str(degree) not in basis for degree in needed):
+            raise ValueError(
+                f"basis: expected Wigner blocks of degrees {needed}, as se3_transformer.model.basis.get_basis of this "
+                f"package gives them, got {list(basis)[:5]}"
+            )
         share = 2 if isinstance(basis, ForwardBasis) and basis.in_pairs else 1
         work: Callable[..., list[Tensor]]
         geometry: dict[Any, Tensor]

@@ -74,9 +74,9 @@ class LinearSE3(nn.Module):
         super().__init__()
         self.weights = nn.ParameterDict(
             {
-                str(degree): nn.Parameter(torch.randn(channels, fiber_in[degree]) / fiber_in[degree] ** 0.5)
-                for degree, channels in fiber_out
-                if degree in fiber_in
+                str(d): nn.Parameter(torch.randn(fiber_out[d], fiber_in[d]) / fiber_in[d] ** 0.5)
+                for d in fiber_out.by_channels
+                if d in fiber_in
             }
         )
         if not len(self.weights):
@@ -125,6 +125,7 @@ class _Native(torch.autograd.Function):
 
             return None, *native.differentiable_gradients(same, tensors, ctx.needs_input_grad[1:], grad)
         pieces, weights = split(counts, tensors)
+        grad = tuple(map(native.plain, grad))
         arguments = _Native.arguments(pieces, weights, grad)
         grads = [x.new_empty(x.shape) for of_degree in pieces for x in of_degree]
         of_weights = grad[0].new_empty(arguments[0].threads, arguments[0].weights)

@@ -12,6 +12,7 @@ import ctypes
 import hashlib
 import os
 import platform
+import re
 import shutil
 import subprocess
 import tempfile
@@ -44,6 +45,7 @@ def fits(*tensors: Tensor, precisions: tuple[torch.dtype, ...] = AT_MOST_SINGLE)
     return (
         all(type(x) in TENSORS and x.device.type == "cpu" and x.dtype in precisions for x in tensors)
         and not torch.compiler.is_compiling()
+        and not any(x.is_neg() for x in tensors)  # marked as negative, which the numbers in memory are not
         and not _switched_off
         and library() is not None
     )
@@ -78,15 +80,21 @@ def call(name: str, *arguments) -> None:
     """Call a function of the library; tensors and lists of tensors (or None) become pointers.
 
     Raises:
+        ValueError: a tensor is not on the CPU.
         MemoryError: it found no memory for its buffers.
         IndexError: an index is out of range.
     """
 
+    def address(tensor):
+        if tensor.device.type != "cpu":
+            raise ValueError(f"{name}: expected all tensors on one device, got some on the CPU, one on {tensor.device}")
+        return tensor.data_ptr()
+
     def pointer(argument):
         if isinstance(argument, Tensor):
-            return ctypes.c_void_p(argument.data_ptr())
+            return ctypes.c_void_p(address(argument))
         if isinstance(argument, list):
-            return array(ctypes.c_void_p, (tensor if tensor is None else tensor.data_ptr() for tensor in argument))
+            return array(ctypes.c_void_p, (tensor if tensor is None else address(tensor) for tensor in argument))
         return ctypes.byref(argument) if isinstance(argument, ctypes.Structure) else argument
 
     fault = getattr(library(), name)(*map(pointer, arguments))
@@ -94,6 +102,11 @@ def call(name: str, *arguments) -> None:
         raise MemoryError(f"{name}: no memory for its buffers")
     if fault == 2:
         raise IndexError(f"{name}: expected indices of nodes, got one that is negative or not below their number")
+
+
+def plain(tensor: Tensor) -> Tensor:
+    """It with all its numbers in memory one after the other; autograd may only mark gradients as negative."""
+    return tensor.resolve_neg().contiguous()
 
 
 def grouped(index: Tensor, num_groups: int) -> tuple[Tensor, Tensor]:
@@ -125,10 +138,11 @@ def library() -> ctypes.CDLL | None:
         return None
     try:
         return ctypes.CDLL(str(compiled()))
-    except (OSError, subprocess.SubprocessError) as error:
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:  # RuntimeError: there is no home directory
+        said = f" {error.stderr.strip()[-500:]}" if isinstance(error, subprocess.CalledProcessError) else ""
         warnings.warn(
-            f"no compiled code, the model will be slower on the CPU: {error}. A C compiler is needed (cc, or the one "
-            f"that CC names); {OFF}=0 does without it and without this warning.",
+            f"no compiled code, the model will be slower on the CPU: {error}.{said} A C compiler is needed (cc, or the "
+            f"one that CC names); {OFF}=0 does without it and without this warning.",
             stacklevel=2,
         )
         return None
@@ -140,11 +154,12 @@ def compiled() -> Path:
     Raises:
         OSError, subprocess.SubprocessError: no compiler, or it failed, or no folder to write to.
     """
-    compiler = shutil.which(os.environ.get("CC", "cc"))
+    name = os.environ.get("CC") or "cc"
+    compiler = shutil.which(name)
     if compiler is None:
-        raise FileNotFoundError(f"no C compiler {os.environ.get('CC', 'cc')!r}")
-    version = run([compiler, "--version"])
-    made_of = "\n".join([*(source.read_text() for source in sorted(SOURCES.iterdir())), version, *FLAGS, processor()])
+        raise FileNotFoundError(f"no C compiler {name!r}")
+    sources = [source.read_text(encoding="utf-8") for source in sorted(SOURCES.iterdir())]
+    made_of = "\n".join([*sources, run([compiler, "--version"]), *FLAGS, processor()])
     path = folder() / f"layers_{hashlib.sha256(made_of.encode()).hexdigest()[:16]}.so"
     if not path.exists():
         with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
@@ -152,14 +167,16 @@ def compiled() -> Path:
             files = ["-o", str(new), *map(str, sorted(SOURCES.glob("*.c")))]
             try:
                 run([compiler, *FLAGS, "-fopenmp", *files])
-            except subprocess.CalledProcessError:  # a compiler without OpenMP: one thread
-                run([compiler, *FLAGS, *files])
+            except subprocess.CalledProcessError as error:
+                if not re.search(r"openmp|\b(lib|l)?[gi]?omp\b", error.stderr):  # killed, say: not for good
+                    raise
+                run([compiler, *FLAGS, *files])  # a compiler without OpenMP: one thread
             new.replace(path)
     return path
 
 
 def run(command: list[str]) -> str:
-    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=120).stdout
+    return subprocess.run(command, check=True, capture_output=True, text=True, errors="replace", timeout=120).stdout
 
 
 def processor() -> str:
@@ -175,7 +192,7 @@ def folder() -> Path:
     """Folder of compiled libraries, one that only this user can write to."""
     chosen = os.environ.get(FOLDER)
     path = (
-        Path(chosen) if chosen else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "se3_transformer"
+        Path(chosen) if chosen else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "se3_transformer")
     )
     path.mkdir(mode=0o700, parents=True, exist_ok=True)
     return path

@@ -263,7 +263,7 @@ class Messages(torch.autograd.Function):
             inputs = (hidden, matrices, *tensors)
             return None, None, None, *native.differentiable_gradients(ctx.same, inputs, wanted, grad)
         call = _Call(ctx.plan, src, hidden, matrices, tensors)
-        return None, None, None, *call.gradients([of_degree.contiguous() for of_degree in grad], z, wanted)
+        return None, None, None, *call.gradients([native.plain(of_degree) for of_degree in grad], z, wanted)
 
 
 class _Call:

@@ -32,7 +32,7 @@ class NormSE3(nn.Module):
         if len(set(fiber.channels)) == 1:
             self.group_norm = nn.GroupNorm(num_groups=len(fiber.degrees), num_channels=sum(fiber.channels))
         else:
-            self.layer_norms = nn.ModuleDict({str(degree): nn.LayerNorm(channels) for degree, channels in fiber})
+            self.layer_norms = nn.ModuleDict({str(d): nn.LayerNorm(fiber[d]) for d in fiber.by_channels})
 
     def forward(self, features: dict[str, Tensor], *args, **kwargs) -> dict[str, Tensor]:
         inputs = [features[str(degree)] for degree in self.fiber.degrees]
@@ -43,7 +43,7 @@ class NormSE3(nn.Module):
         together = hasattr(self, "group_norm")
         norms: list[Any] = [self.group_norm] if together else [self.layer_norms[str(d)] for d in self.fiber.degrees]
         affine = (torch.cat([norm.weight for norm in norms]), torch.cat([norm.bias for norm in norms]))
-        if isinstance(self.nonlinearity, nn.ReLU) and native.fits(*affine, *inputs, precisions=(torch.float32,)):
+        if type(self.nonlinearity) is nn.ReLU and native.fits(*affine, *inputs, precisions=(torch.float32,)):
             outputs = _Native.apply(self._normalised, *affine, *inputs)
         else:
             outputs = self._normalised(*affine, *inputs)
@@ -95,12 +95,13 @@ class _Native(torch.autograd.Function):
         if torch.is_grad_enabled():  # for second derivatives
             inputs = (weight, bias, *features)
             return None, *native.differentiable_gradients(ctx.same, inputs, ctx.needs_input_grad[1:], grad)
-        sizes = _Native.sizes(weight, features, grad)
+        grads_out = [native.plain(of_feature) for of_feature in grad]
+        sizes = _Native.sizes(weight, features, grads_out)
         grads = [feature.new_empty(feature.shape) for feature in features]
         of_affine = weight.new_empty(sizes[0].threads, 2, len(weight))
         native.call(
             "norm_backward",
-            *(*sizes, features, weight.contiguous(), bias.contiguous(), list(grad), grads, of_affine),
+            *(*sizes, features, weight.contiguous(), bias.contiguous(), grads_out, grads, of_affine),
         )
         return None, *of_affine[0].clone(), *grads
 

@@ -125,7 +125,7 @@ class _Native(torch.autograd.Function):
         radial = _Native.radial(ctx.sizes, edge_scalars)
         grad_scalars = torch.empty_like(edge_scalars) if wanted[0] else None
         grad_packed = packed.new_empty(radial.threads, *packed.shape)
-        native.call("radial_backward", radial, edge_scalars, packed, grad.contiguous(), grad_scalars, grad_packed)
+        native.call("radial_backward", radial, edge_scalars, packed, native.plain(grad), grad_scalars, grad_packed)
         grads = grad_packed[0].flatten().split([p.numel() for p in parameters])
         return None, grad_scalars, *(of.view(p.shape) for of, p in zip(grads, parameters, strict=True))
 
