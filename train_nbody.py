@@ -28,6 +28,7 @@ from experiments.nbody import (
     PlainNetwork,
     equivariance_error,
     evaluate,
+    learned_errors,
     load_network,
     plot_trajectories,
 )
@@ -223,9 +224,9 @@ def report(network: NBodyNetwork, test: NBodyDataset, trainer: Trainer, settings
 
 
 def test_errors(network: NBodyNetwork, test: NBodyDataset, settings: EasyDict) -> dict[str, float]:
-    """Errors of what was learned: positions, and velocities where they have weight in the loss."""
-    learned = ("mse_x", "mse_v") if settings.velocity_weight else ("mse_x",)
-    return {key: error for key, error in evaluate(network, test).items() if key in learned}
+    """Errors of what was learned."""
+    errors = evaluate(network, test)
+    return {name: errors[name] for name in learned_errors(settings.velocity_weight)}
 
 
 def symmetry_error(network: NBodyNetwork, test: NBodyDataset) -> float:

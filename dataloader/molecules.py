@@ -207,8 +207,11 @@ def read_raw_qm9(directory: str | Path, progress: str | None = None) -> Molecule
     with rdkit.rdBase.BlockLogs():
         for i in tqdm(kept, desc=progress, unit="molecule", **bar_options(progress)):
             mol = supplier[i]
-            if mol is None or mol.GetProp("_Name") != ids[i]:
+            try:
                 came = "a damaged record" if mol is None else repr(mol.GetProp("_Name"))
+            except UnicodeDecodeError as error:
+                came = repr(error.object)
+            if came != repr(ids[i]):
                 raise ValueError(f"{sdf_path}: expected {ids[i]} as molecule {i + 1}, got {came}")
             try:
                 _sanitize(mol, any_valence=True)

@@ -258,13 +258,14 @@ class NBodyTask:
         errors = squared_errors(model, batch)  # (2, K)
         error_x, error_v = errors.mean(dim=1)
         loss = self.position_weight * error_x + self.velocity_weight * error_v
-        return loss, {"mse_x": errors[0, -1], "mse_v": errors[1, -1]}
+        return loss, {name: errors[i, -1] for i, name in enumerate(learned_errors(self.velocity_weight))}
 
     def validate(self, model: NBodyNetwork) -> dict[str, float]:
         """MSE x and v, what chooses the epoch, and the equivariance error."""
         errors = evaluate(model, self.validation)
+        errors = {name: errors[name] for name in learned_errors(self.velocity_weight)}
         return errors | {
-            "selection": math.sqrt(errors["mse_x"] * errors["mse_v"]) if self.velocity_weight else errors["mse_x"],
+            "selection": math.prod(errors.values()) ** (1 / len(errors)),  # the geometric mean
             "equivariance_error": equivariance_error(
                 model, self.validation.batch(torch.arange(min(64, len(self.validation))))
             ),
@@ -272,6 +273,11 @@ class NBodyTask:
 
     def figures(self, model: NBodyNetwork) -> dict:
         return {}  # one of the test simulations at the end is enough
+
+
+def learned_errors(velocity_weight: float) -> tuple[str, ...]:
+    """Names of the errors that the loss contains: of positions, and of velocities where they have weight."""
+    return ("mse_x", "mse_v") if velocity_weight else ("mse_x",)
 
 
 def squared_errors(model: nn.Module, batch: NBodyBatch) -> Tensor:

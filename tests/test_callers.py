@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import random
 import warnings
 from collections.abc import Generator
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import reference
 import torch
@@ -132,6 +135,19 @@ def test_settings_of_a_whole_script_for_the_pooled_model():
     assert {k: p.shape for k, p in model.state_dict().items()} == {k: p.shape for k, p in same.state_dict().items()}
 
 
+def test_order_of_parameters():
+    """The state of an optimizer is loaded by position: layers of few channels come first, as in the known package."""
+    model = SE3Transformer(1, Fiber({0: 6, 1: 2}), Fiber.create(3, 4), Fiber({0: 3, 1: 2}), 2, 2)
+    names = [name.removeprefix("graph_modules.") for name, _ in model.named_parameters()]
+    last_layers = [name for name in names if name.endswith("net.6.weight")]
+    assert [name.removesuffix(".radial_func.net.6.weight") for name in last_layers] == [
+        *(f"0.to_key_value.conv.{pair}" for pair in ("1,2", "1,0", "1,1", "0,2", "0,0", "0,1")),
+        *("2.conv_out.1", "2.conv_out.0"),
+    ]
+    assert [name for name in names if "to_kernel_self" in name] == ["2.to_kernel_self.1", "2.to_kernel_self.0"]
+    assert list(NormSE3(Fiber({0: 3, 1: 2})).layer_norms) == ["1", "0"]
+
+
 def test_attributes_that_callers_read():
     model = build_design_wrapper().se3
     assert (model.num_layers, model.num_heads, model.channels_div, model.max_degree) == (2, 4, 4, 2)
@@ -184,6 +200,46 @@ class DesignWrapper(nn.Module):
 def build_design_wrapper():
     torch.manual_seed(0)
     return DesignWrapper()
+
+
+class StructureWrapper(nn.Module):
+    """As RoseTTAFold2 and RoseTTAFold All-Atom hold it: no neighbours in the last layer, distances compressed."""
+
+    def __init__(self):
+        super().__init__()
+        self.se3 = SE3Transformer(
+            num_layers=1,
+            fiber_in=Fiber({0: 8, 1: 3}),
+            fiber_hidden=Fiber.create(3, 8),
+            fiber_out=Fiber({0: 8, 1: 2}),
+            num_heads=4,
+            channels_div=2,
+            fiber_edge=Fiber({0: 4}),
+            populate_edge="arcsin",
+            final_layer="lin",
+            use_layer_norm=True,
+            compute_gradients=False,
+        )
+        nn.init.zeros_(self.se3.graph_modules[-1].weights["0"])
+
+    def forward(self, G, type_0_features, type_1_features, edge_features):
+        return self.se3(G, {"0": type_0_features, "1": type_1_features}, {"0": edge_features})
+
+
+def test_structure_prediction():
+    model = StructureWrapper().double()
+    last = [(name, tuple(p.shape)) for name, p in model.se3.named_parameters() if name.startswith("graph_modules.2.")]
+    assert last == [("graph_modules.2.weights.0", (8, 8)), ("graph_modules.2.weights.1", (2, 8))]
+    sample = random_sample({0: 8, 1: 3}, {0: 4})
+    rel_pos = (6 * sample.rel_pos).requires_grad_()
+    graph, inputs = replace(sample.graph, rel_pos=rel_pos), (sample.node_feats["0"], sample.node_feats["1"])
+    out = model(graph, *inputs, sample.edge_feats["0"])
+    assert (out["0"] == 0).all() and out["1"].shape == (len(inputs[0]), 2, 3)
+
+    (grad,) = torch.autograd.grad(out["1"].square().sum(), rel_pos)
+    along = torch.nn.functional.normalize(rel_pos.detach(), dim=1)
+    assert grad.norm() > 0
+    assert_same(grad, (grad * along).sum(dim=1, keepdim=True) * along, what="gradients through distances alone")
 
 
 def residues(length, neighbours):
@@ -316,6 +372,31 @@ def test_functions_that_callers_import_from_runtime_utils(monkeypatch):
     assert utils.get_local_rank() == 0
     monkeypatch.setenv("LOCAL_RANK", "3")
     assert utils.get_local_rank() == 3
+
+
+def test_seed_everything():
+    drawn = []
+    for _ in range(2):
+        utils.seed_everything("5")
+        drawn.append((random.random(), np.random.rand(), torch.rand(1).item()))
+    assert drawn[0] == drawn[1] and drawn[0][2] == torch.rand(1, generator=torch.Generator().manual_seed(5)).item()
+
+
+def test_functions_for_several_processes(monkeypatch):
+    joined = []
+    monkeypatch.setattr(torch.distributed, "init_process_group", joined.append)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert not utils.init_distributed() and joined == []
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert utils.init_distributed() and joined == ["gloo"]
+
+    double = utils.rank_zero_only(lambda number: 2 * number)
+    assert double(3) == 6
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 1)
+    assert double(3) is None
+    assert utils.increase_l2_fetch_granularity() is None
 
 
 @pytest.mark.parametrize(

@@ -318,6 +318,15 @@ def test_misspelt_argument(build):
         build(low_memroy=True)
 
 
+def test_containers(model):
+    """A tensor in place of a dict of them, a dict in place of a fiber."""
+    sample = random_sample(FIBER_IN, FIBER_EDGE)
+    with refused("node features: expected a dict", "got Tensor", error=TypeError):
+        model.double()(sample.graph, sample.node_feats["0"], sample.edge_feats)
+    with refused("fiber_hidden: expected a Fiber", "got dict", error=TypeError):
+        build(fiber_hidden={0: 4})
+
+
 def test_attention_without_a_common_degree():
     with refused(r"0: 3", r"1: 4"):
         AttentionBlockSE3(Fiber({0: 3}), Fiber({1: 4}))

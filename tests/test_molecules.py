@@ -387,6 +387,10 @@ RAW_FAULTS = {
     ),
     "molecules": (change("gdb9.sdf", "$$$$\n", ""), r"gdb9\.sdf: expected the 8 molecules of gdb9\.sdf\.csv, got 7"),
     "order": (change("gdb9.sdf", "gdb_3\n", "gdb_4\n"), r"gdb9\.sdf: expected gdb_3 as molecule 3, got 'gdb_4'"),
+    "name": (
+        lambda d: (d / "gdb9.sdf").write_bytes((d / "gdb9.sdf").read_bytes().replace(b"gdb_3\n", b"gdb\xd7_3\n")),
+        r"gdb9\.sdf: expected gdb_3 as molecule 3, got b'gdb.xd7_3'",
+    ),
     "record": (change("gdb9.sdf", " C   0", " Qq  0"), r"gdb9\.sdf: expected gdb_1 .*, got a damaged record"),
     "element": (change("gdb9.sdf", " O   0", " S   0"), r"gdb9\.sdf: molecule 1, atom 0: expected .* number"),
     "bond": (change("gdb9.sdf", "  1  2  1  0", "  1  2  8  0"), r"gdb9\.sdf: gdb_1: expected bonds SINGLE, .*, got"),

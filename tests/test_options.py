@@ -20,6 +20,7 @@ from se3_transformer.model.layers import (
     LinearSE3,
     NormBiasSE3,
 )
+from se3_transformer.model.transformer import get_populated_edge_features
 
 # ------------------------------------------------------------------------------------------------- the slow definitions
 
@@ -229,6 +230,14 @@ def test_mean_of_two_equal_messages_is_the_message():
 # --------------------------------------------------------------------------------------------------------------- models
 
 
+SLOW_SCALARS = {
+    "lin": lambda r: r,
+    "arcsin": lambda r: torch.where(r > 4, r - 4 + (1 + (r - 4) ** 2).sqrt(), 1.0).log() / 3,
+    "log": lambda r: (1 + r).log(),
+    "zero": lambda r: 0 * r,
+}
+
+
 class OptionsBattery(ModelBattery):
     num_layers = 1
     fiber_in, fiber_hidden, fiber_out, fiber_edge = {0: 2}, {0: 4, 1: 4}, {0: 1, 1: 2}, {0: 1}
@@ -246,6 +255,9 @@ class OptionsBattery(ModelBattery):
         }
         fiber, fiber_hidden, fiber_out, fiber_edge = self.fibers
         edge_feats = reference.with_distance(sample.edge_feats, sample.rel_pos)
+        distance = edge_feats["0"][:, -1:]
+        scalar = SLOW_SCALARS[self.options.get("populate_edge", "lin")](distance)
+        edge_feats["0"] = torch.cat([edge_feats["0"][:, :-1], scalar], dim=1)
         x, step = sample.node_feats, 0
         for _ in range(self.num_layers):
             x = slow_block(
@@ -266,8 +278,10 @@ class OptionsBattery(ModelBattery):
                 step += 1
         last, fibers = reference.sub(state, f"graph_modules.{step}."), (fiber, fiber_out, fiber_edge)
         kind = options["last_self_interaction"]
-        if options.get("last_layer") == "attention":
+        if options.get("final_layer") == "attention":
             return slow_block(last, fibers, 1, 1, x, edge_feats, sample.edges, options, "cat", kind)
+        if options.get("final_layer") == "lin":
+            return slow_self_interaction(last, kind, x)
         return slow_convolution(last, fibers, x, edge_feats, sample.edges, options, kind)
 
 
@@ -277,7 +291,7 @@ class TestOfTheAuthorsProgram(OptionsBattery):
     options = {
         "relative_pos": "add",
         "norm_type": "bias",
-        "last_layer": "attention",
+        "final_layer": "attention",
         "last_self_interaction": "attentive",
     }
 
@@ -293,9 +307,34 @@ class TestCleanLastConvolution(OptionsBattery):
     }
 
 
+class TestOfStructurePrediction(OptionsBattery):
+    """The network of RoseTTAFold2 and RoseTTAFold All-Atom, but for its size."""
+
+    fiber_in = {0: 2, 1: 3}
+    options = {"populate_edge": "arcsin", "final_layer": "lin"}
+
+
+class TestSelfInteractionToTheEnd(OptionsBattery):
+    options = {"populate_edge": "log", "final_layer": "lin", "last_self_interaction": "attentive"}
+
+
 class TestSumOverNodes(ModelBattery):
     rows, options = "graphs", {"return_type": 0, "pooling": "sum"}
     num_layers = 1
+
+
+@pytest.mark.parametrize("populate_edge", SLOW_SCALARS)
+def test_how_the_distance_enters(populate_edge):
+    lengths = torch.tensor([0.0, 3.0, 4.5, 30.0], dtype=torch.float64)
+    rel_pos = (lengths[:, None] * torch.tensor([2 / 3, -1 / 3, 2 / 3], dtype=torch.float64)).requires_grad_()
+
+    def scalar(rel_pos):
+        return get_populated_edge_features(rel_pos, populate_edge=populate_edge)["0"][:, 0, 0]
+
+    assert_same(scalar(rel_pos), SLOW_SCALARS[populate_edge](lengths))
+    (at_zero, *_) = torch.autograd.grad(scalar(rel_pos).sum() + 0 * rel_pos.sum(), rel_pos)[0]
+    assert (at_zero == 0).all()
+    assert torch.autograd.gradcheck(scalar, rel_pos[1:].detach().requires_grad_())
 
 
 def build(**options):
@@ -312,10 +351,12 @@ def test_default_is_what_the_options_say_it_is():
         self_interaction="linear",
         skip="cat",
         relative_pos=None,
-        last_layer="conv",
+        final_layer="conv",
         last_self_interaction="linear",
         aggregation="sum",
         self_interaction_per="edge",
+        populate_edge="lin",
+        compute_gradients=True,
     )
     plain, sample = build(), random_sample({0: 3}, dtype=torch.float32)
     spelt_out.load_state_dict(plain.state_dict())
@@ -341,10 +382,13 @@ def test_relative_position_of_edges_in_pairs(relative_pos):
         ({"skip": "add"}, "skip must be 'cat' or 'sum', got 'add'"),
         ({"norm_type": "layer"}, "norm_type must be 'norm' or 'bias', got 'layer'"),
         ({"norm_type": "bias", "norm": False}, "norm_type 'bias' needs norm=True"),
-        ({"last_layer": "convolution"}, "last_layer must be 'conv' or 'attention', got 'convolution'"),
+        ({"final_layer": "att"}, "final_layer must be 'conv' or 'lin' or 'attention', got 'att'"),
+        ({"final_layer": "lin", "num_layers": 0}, "makes no new degrees, but fiber_out has [1]"),
+        ({"final_layer": "lin", "aggregation": "mean"}, "last convolution, but final_layer is 'lin'"),
+        ({"populate_edge": "sin"}, "populate_edge must be 'lin' or 'arcsin' or 'log' or 'zero', got 'sin'"),
         ({"aggregation": "avg"}, "aggregation must be 'sum' or 'mean', got 'avg'"),
         ({"self_interaction_per": "graph"}, "self_interaction_per must be 'edge' or 'node', got 'graph'"),
-        ({"last_layer": "attention", "aggregation": "mean"}, "of the last convolution, but last_layer is 'attention'"),
+        ({"final_layer": "attention", "aggregation": "mean"}, "last convolution, but final_layer is 'attention'"),
         ({"pooling": "mean"}, "pooling must be 'max' or 'avg' or 'sum', got 'mean'"),
     ],
 )

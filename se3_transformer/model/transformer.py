@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
+from collections.abc import Callable, Mapping
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -37,15 +38,30 @@ class Sequential(nn.Sequential):
         return features
 
 
+PopulateEdge = Literal["lin", "arcsin", "log", "zero"]
+EDGE_SCALARS: dict[str, Callable[[Tensor], Tensor]] = {  # of the length of an edge
+    "lin": lambda length: length,
+    "arcsin": lambda length: torch.arcsinh((length - 4).relu()) / 3,
+    "log": torch.log1p,
+    "zero": torch.zeros_like,
+}
+
+
 def get_populated_edge_features(
-    relative_pos: Tensor, edge_features: dict[str, Tensor] | None = None
+    relative_pos: Tensor, edge_features: dict[str, Tensor] | None = None, *, populate_edge: PopulateEdge = "lin"
 ) -> dict[str, Tensor]:
-    """Edge features with the length of `relative_pos` (E, 3) as last channel of degree 0: {'0': (E, C + 1, 1), …}."""
+    """Edge features with a function of the lengths r as last channel of degree 0: {'0': (E, C + 1, 1), …}.
+
+    Args:
+        relative_pos: (E, 3)
+        edge_features: {'l': (E, C, 2l+1)}
+        populate_edge: 'lin': r; 'arcsin': arsinh(max(r - 4, 0)) / 3; 'log': log(1 + r); 'zero': 0.
+    """
     features = {str(degree): feature for degree, feature in (edge_features or {}).items()}
     square = relative_pos.square().sum(dim=-1)[:, None, None]
     zero = square == 0  # where a norm has no second derivative
-    length = torch.where(zero, 1.0, square).sqrt() * ~zero
-    features["0"] = torch.cat([features["0"], length], dim=1) if "0" in features else length
+    scalar = EDGE_SCALARS[populate_edge](torch.where(zero, 1.0, square).sqrt() * ~zero)
+    features["0"] = torch.cat([features["0"], scalar], dim=1) if "0" in features else scalar
     return features
 
 
@@ -61,9 +77,10 @@ class EquivariantNetwork(nn.Module):
         return_type: return the features of this degree only, as a tensor.
         pooling: 'max', 'avg' or 'sum' over the nodes of each graph, of degree `return_type` (0 by default).
         relative_pos: see `ConvSE3`.
+        populate_edge, compute_gradients: see `SE3Transformer`.
 
     Raises:
-        ValueError: sizes that make no sense, or an unknown pooling.
+        ValueError: sizes that make no sense, or an unknown pooling or populate_edge.
     """
 
     def __init__(
@@ -76,6 +93,8 @@ class EquivariantNetwork(nn.Module):
         return_type: int | None,
         pooling: Pooling | None,
         relative_pos: RelativePosition | None,
+        populate_edge: PopulateEdge = "lin",
+        compute_gradients: bool = True,
     ):
         super().__init__()
         self.graph_modules: Sequential
@@ -87,8 +106,13 @@ class EquivariantNetwork(nn.Module):
             fiber_edge,
         )
         self.return_type, self.pooling = return_type, pooling
-        for name, fiber in (("fiber_in", fiber_in), ("fiber_hidden", fiber_hidden), ("fiber_out", fiber_out)):
-            if not fiber.degrees:
+        check_choice("populate_edge", populate_edge, EDGE_SCALARS)
+        self.populate_edge, self.compute_gradients = populate_edge, compute_gradients
+        fibers = {"fiber_in": fiber_in, "fiber_hidden": fiber_hidden, "fiber_out": fiber_out, "fiber_edge": fiber_edge}
+        for name, fiber in fibers.items():
+            if not isinstance(fiber, Fiber):
+                raise TypeError(f"{name}: expected a Fiber, as Fiber({{0: 16}}) makes it, got {type(fiber).__name__}")
+            if not fiber.degrees and name != "fiber_edge":
                 raise ValueError(f"{name}: expected at least one degree, got {fiber}")
         if num_layers < 0:
             raise ValueError(f"num_layers must be at least 0, got {num_layers}")
@@ -128,6 +152,9 @@ class EquivariantNetwork(nn.Module):
             raise ValueError(
                 "graph: no rel_pos; set edata['rel_pos'] (or Graph.rel_pos) to pos[dst] - pos[src], (E, 3)"
             )
+        for name, features in (("node features", node_feats), ("edge features", edge_feats or {})):
+            if not isinstance(features, Mapping):
+                raise TypeError(f"{name}: expected a dict like {{'0': (rows, C, 1)}}, got {type(features).__name__}")
         node_feats = {str(degree): feature for degree, feature in node_feats.items()}
         edge_feats = {str(degree): feature for degree, feature in (edge_feats or {}).items()}
         check_parameters(next(self.parameters()), relative_pos)
@@ -136,9 +163,9 @@ class EquivariantNetwork(nn.Module):
         if basis:
             check_basis(basis, self.max_degree, relative_pos)
         else:
-            basis = get_basis(relative_pos, self.max_degree)
+            basis = get_basis(relative_pos, self.max_degree, self.compute_gradients)
 
-        edge_feats = get_populated_edge_features(relative_pos, edge_feats)
+        edge_feats = get_populated_edge_features(relative_pos, edge_feats, populate_edge=self.populate_edge)
         graph, edge_feats, basis = in_pairs(graph, edge_feats, basis)
         node_feats = self.graph_modules(node_feats, edge_feats, graph=graph, basis=basis)
         if self.pooling is not None:
@@ -156,7 +183,7 @@ class SE3Transformer(EquivariantNetwork):
         fiber_in, fiber_hidden, fiber_out: fibers of node inputs, hidden layers and outputs.
         num_heads: attention heads; they split the channels of every degree.
         channels_div: keys and values have the hidden channels divided by this.
-        fiber_edge: fiber of the edge features; the distance is always added as an edge scalar.
+        fiber_edge: fiber of the edge features; the distance is added as an edge scalar, see `populate_edge`.
         return_type: return the features of this degree only, as a tensor.
         pooling: 'max', 'avg' or 'sum' over the nodes of each graph, of degree `return_type` (0 by default).
         norm: a nonlinearity after every attention block, see `norm_type`.
@@ -168,10 +195,15 @@ class SE3Transformer(EquivariantNetwork):
         skip: skip connection of these blocks, 'cat' or 'sum', see `AttentionBlockSE3`.
         relative_pos: relative positions as vectors among the source features of every layer, 'cat' or 'add', see
             `ConvSE3`.
-        last_layer: 'conv', or 'attention' for one more block, with one head, channels_div 1 and skip 'cat'.
+        final_layer: 'conv'; 'lin' for a self-interaction alone, which sees no neighbours; or 'attention' for one more
+            block, with one head, channels_div 1 and skip 'cat'.
         last_self_interaction: in the last layer, 'linear' or 'attentive'.
         aggregation: in the last convolution, 'sum' or 'mean' over incoming edges, see `ConvSE3`.
         self_interaction_per: in the last convolution, 'edge' or 'node', see `ConvSE3`.
+        populate_edge: how the distance enters the radial networks, 'lin', 'arcsin', 'log' or 'zero', see
+            `get_populated_edge_features`.
+        compute_gradients: let gradients with respect to positions flow through the directions of edges, too, where the
+            basis is not given.
 
     Raises:
         ValueError: fibers, heads and channels that do not fit each other, or options that do not.
@@ -197,22 +229,35 @@ class SE3Transformer(EquivariantNetwork):
         self_interaction: SelfInteraction = "linear",
         skip: Skip = "cat",
         relative_pos: RelativePosition | None = None,
-        last_layer: Literal["conv", "attention"] = "conv",
+        final_layer: Literal["conv", "lin", "attention"] = "conv",
         last_self_interaction: SelfInteraction = "linear",
         aggregation: Aggregation = "sum",
         self_interaction_per: SelfInteractionPer = "edge",
+        populate_edge: PopulateEdge = "lin",
+        compute_gradients: bool = True,
     ):
-        super().__init__(num_layers, fiber_in, fiber_hidden, fiber_out, fiber_edge, return_type, pooling, relative_pos)
+        super().__init__(
+            num_layers,
+            fiber_in,
+            fiber_hidden,
+            fiber_out,
+            fiber_edge,
+            return_type,
+            pooling,
+            relative_pos,
+            populate_edge,
+            compute_gradients,
+        )
         if num_heads < 1:
             raise ValueError(f"num_heads must be at least 1, got {num_heads}")
         self.num_heads, self.channels_div = num_heads, channels_div
         self.tensor_cores, self.low_memory = tensor_cores, low_memory
         self.fuse_level = fuse_level(tensor_cores, low_memory)
-        check_choice("last_layer", last_layer, ("conv", "attention"))
+        check_choice("final_layer", final_layer, ("conv", "lin", "attention"))
         check_choice("last_self_interaction", last_self_interaction, SELF_INTERACTIONS)
-        if last_layer == "attention" and (aggregation, self_interaction_per) != ("sum", "edge"):
+        if final_layer != "conv" and (aggregation, self_interaction_per) != ("sum", "edge"):
             raise ValueError(
-                "aggregation and self_interaction_per are of the last convolution, but last_layer is 'attention'"
+                f"aggregation and self_interaction_per are of the last convolution, but final_layer is {final_layer!r}"
             )
 
         shared: dict[str, Any] = dict(
@@ -240,7 +285,14 @@ class SE3Transformer(EquivariantNetwork):
             modules += nonlinearity(norm, norm_type, fiber_hidden)
             fiber = fiber_hidden
         last: nn.Module
-        if last_layer == "attention":
+        if final_layer == "lin":
+            if lacking := [degree for degree in fiber_out.degrees if degree not in fiber]:
+                raise ValueError(
+                    f"final_layer 'lin' makes no new degrees, but fiber_out has {lacking}, which the features before "
+                    f"it lack ({fiber})"
+                )
+            last = SELF_INTERACTIONS[last_self_interaction](fiber, fiber_out)
+        elif final_layer == "attention":
             last = AttentionBlockSE3(
                 fiber, fiber_out, num_heads=1, channels_div=1, self_interaction=last_self_interaction, **shared
             )
