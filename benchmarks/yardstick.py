@@ -135,7 +135,7 @@ class DenseConvSE3(ConvSE3):
                 out[degree] = out[degree] + gather_rows(own, graph.dst)
         if self.pool:
             out = {degree: segment_sum(feature, graph.dst, graph.num_nodes) for degree, feature in out.items()}
-        return out
+        return {str(degree): out[str(degree)] for degree in self.fiber_out.degrees}
 
     def source_features(self, node_feats, edge_feats, src: Tensor, degree: int) -> Tensor:
         """(E, C_in, M_in) features of one degree that edges carry: those of the source node, then those of the edge."""

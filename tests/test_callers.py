@@ -148,6 +148,16 @@ def test_order_of_parameters():
     assert list(NormSE3(Fiber({0: 3, 1: 2})).layer_norms) == ["1", "0"]
 
 
+@pytest.mark.parametrize("final_layer", ["conv", "lin", "attention"])
+def test_order_of_results(final_layer):
+    """By degree, whatever the numbers of channels."""
+    model = SE3Transformer(
+        1, Fiber({0: 6, 1: 2}), Fiber.create(2, 4), Fiber({0: 3, 1: 2}), 2, 2, final_layer=final_layer
+    )
+    sample = random_sample({0: 6, 1: 2}, dtype=torch.float32)
+    assert list(model(sample.graph, sample.node_feats)) == ["0", "1"]
+
+
 def test_attributes_that_callers_read():
     model = build_design_wrapper().se3
     assert (model.num_layers, model.num_heads, model.channels_div, model.max_degree) == (2, 4, 4, 2)

@@ -79,14 +79,15 @@ class LinearSE3(nn.Module):
                 if d in fiber_in
             }
         )
-        if not len(self.weights):
+        self._degrees = sorted(self.weights, key=int)
+        if not self._degrees:
             raise ValueError(f"LinearSE3: {fiber_in} and {fiber_out} have no degree in common")
 
     def forward(
         self, features: dict[str, Tensor], *args, appended: dict[str, Tensor] | None = None, **kwargs
     ) -> dict[str, Tensor]:
         """Mix; `appended`: channels that follow those of `features`, of degrees that it has."""
-        return mix_degrees(dict(self.weights.items()), features, appended)
+        return mix_degrees({degree: self.weights[degree] for degree in self._degrees}, features, appended)
 
 
 class Linear(ctypes.Structure):
