@@ -78,7 +78,7 @@ def test_gpu_profile(tmp_path):
     flags = "--batch_sizes", "3", "--implementations", "ours", "--precisions", "float32", "--profile", "true"
     done = run("benchmarks/gpu.py", *GPU_FLAGS, *flags, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "operations in a step" in done.stdout and "aten::mm" in done.stdout
+    assert "operations in a step" in done.stdout and "aten::" in done.stdout
 
 
 def test_gpu_stops_in_time(tmp_path):
