@@ -63,6 +63,7 @@ def main() -> None:
         "trained on energies alone": dict(force_weight=0.0),
         "trained on energies and forces": dict(force_weight=1.0),
         "the same without norms": dict(force_weight=1.0, norm=False),
+        "the same with softened norms": dict(force_weight=1.0, norm_softening=0.1),
     }
     for name, options in kinds.items():
         began = time.process_time()
@@ -129,12 +130,12 @@ class ForceField(nn.Module):
 
     Args:
         settings: sizes of the network.
-        norm: see `SE3Transformer`.
         energy_per_atom: mean of the training set; the network learns the rest.
         scale: unit of what the network gives.
+        **options: more arguments of `SE3Transformer`.
     """
 
-    def __init__(self, settings: EasyDict, norm: bool, energy_per_atom: float, scale: float):
+    def __init__(self, settings: EasyDict, energy_per_atom: float, scale: float, **options):
         super().__init__()
         self.energy_per_atom, self.scale = energy_per_atom, scale
         self.register_buffer("centers", torch.linspace(0.6, 3.0, settings.num_radial))
@@ -148,9 +149,9 @@ class ForceField(nn.Module):
             fiber_edge=Fiber({0: settings.num_radial}),
             return_type=0,
             pooling="sum",
-            norm=norm,
             tensor_cores=True,
             self_interaction_per="node",
+            **options,
         )
 
     def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
@@ -167,11 +168,11 @@ class ForceField(nn.Module):
         return energy + num_atoms * self.energy_per_atom, -gradient.view_as(positions)
 
 
-def train(settings: EasyDict, data: Clusters, force_weight: float, norm: bool = True) -> ForceField:
-    """A network trained on energies, with the forces in the loss by their weight."""
+def train(settings: EasyDict, data: Clusters, force_weight: float, **options) -> ForceField:
+    """A network (with these options) trained on energies, with the forces in the loss by their weight."""
     torch.manual_seed(settings.seed)
     scale = data.forces.std()
-    model = ForceField(settings, norm, data.energies.mean().item() / settings.num_atoms, scale.item())
+    model = ForceField(settings, data.energies.mean().item() / settings.num_atoms, scale.item(), **options)
     optimizer = torch.optim.Adam(model.parameters(), lr=settings.learning_rate)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings.steps)
     for _ in range(settings.steps):

@@ -253,9 +253,9 @@ def attention_block(state, fiber_in, fiber_out, fiber_edge, num_heads, channels_
     return linear_se3(sub(state, "project."), joined)
 
 
-def norm(state, features):
+def norm(state, features, softening=0.0):
     """x * ReLU(normalise(|x|)) / |x| with |x| >= NORM_CLAMP: over all channels of a degree, degrees in order."""
-    sizes = {l: x.norm(dim=-1).clamp(min=NORM_CLAMP) for l, x in features.items()}
+    sizes = {l: x.norm(dim=-1).clamp(min=NORM_CLAMP).square().add(softening**2).sqrt() for l, x in features.items()}
     degrees = sorted(features, key=int)
     if "group_norm.weight" in state:
         together = torch.cat([sizes[l] for l in degrees], dim=1)

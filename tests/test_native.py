@@ -97,11 +97,12 @@ def test_numbers_of_edges(rows, share):
 @needs_compiler
 @pytest.mark.parametrize("fiber_in", [{0: 4, 1: 4}, {0: 3}, {0: 2, 1: 5}])
 @pytest.mark.parametrize("channels", [(4, 4), (4, 6)])
-def test_attention_and_norm(channels, fiber_in, monkeypatch):
+@pytest.mark.parametrize("softening", [0.0, 0.5])
+def test_attention_and_norm(softening, channels, fiber_in, monkeypatch):
     """Keys and values in one tensor or apart, degrees with the same or other channels, nodes without edges."""
     fiber = Fiber(dict(enumerate(channels)))
     block = varied(AttentionBlockSE3(Fiber(fiber_in), fiber, num_heads=2, channels_div=1, max_degree=1))
-    norm = varied(NormSE3(fiber))
+    norm = varied(NormSE3(fiber, softening=softening))
     both = torch.nn.ModuleList([block, norm]).float()
     sample = random_sample(fiber_in, nodes=(6, 1, 9), edges=(20, 0, 11), dtype=torch.float32)
     calls = []

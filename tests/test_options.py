@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import reference
 import test_layers
 import torch
 from battery import Battery
-from helpers import assert_same, random_features, random_sample
+from helpers import assert_same, random_features, random_rotations, random_sample
 from test_transformer import ModelBattery
 
 from se3_transformer.model import Fiber, Graph, SE3Transformer
@@ -19,7 +21,10 @@ from se3_transformer.model.layers import (
     GPooling,
     LinearSE3,
     NormBiasSE3,
+    NormSE3,
+    native,
 )
+from se3_transformer.model.neighbors import fully_connected
 from se3_transformer.model.transformer import get_populated_edge_features
 
 # ------------------------------------------------------------------------------------------------- the slow definitions
@@ -101,12 +106,12 @@ def slow_block(state, fibers, num_heads, channels_div, x, edge_feats, edges, opt
     return out
 
 
-def slow_norm(state, kind, features):
+def slow_norm(state, kind, features, softening=0.0):
     if kind == "norm":
-        return reference.norm(state, features)
+        return reference.norm(state, features, softening)
     out = {}
     for degree, x in features.items():
-        length = x.norm(dim=-1, keepdim=True).clamp(min=reference.NORM_CLAMP)
+        length = x.norm(dim=-1, keepdim=True).clamp(min=reference.NORM_CLAMP).square().add(softening**2).sqrt()
         out[degree] = x / length * (length + state[f"biases.{degree}"][:, None]).relu()
     return out
 
@@ -138,6 +143,22 @@ class TestNormBias(Battery):
 
     def reference(self, state, sample):
         return slow_norm(state, "bias", sample.node_feats)
+
+
+class TestSoftNorm(test_layers.TestNorm):
+    def build(self):
+        return NormSE3(Fiber(self.fiber_in), softening=0.5)
+
+    def reference(self, state, sample):
+        return slow_norm(state, "norm", sample.node_feats, softening=0.5)
+
+
+class TestSoftNormBias(TestNormBias):
+    def build(self):
+        return NormBiasSE3(Fiber(self.fiber_in), softening=0.5)
+
+    def reference(self, state, sample):
+        return slow_norm(state, "bias", sample.node_feats, softening=0.5)
 
 
 class TestSumPooling(test_layers.TestMaxPooling):
@@ -197,6 +218,25 @@ def test_norm_bias_starts_as_the_identity():
     assert_same(lengths, (features["1"].norm(dim=-1) - 1).relu())
 
 
+@pytest.mark.parametrize("softening, changes", [(0.0, True), (0.1, False)])
+@pytest.mark.parametrize("natively", [True, False])
+def test_symmetric_molecule_in_other_orientations(softening, changes, natively):
+    """Methane, in single precision: vectors of the carbon are zero by symmetry, and rounding errors in the computer."""
+    bonds = torch.tensor([[1.0, 1, 1], [1, -1, -1], [-1, 1, -1], [-1, -1, 1]])
+    positions = torch.cat([torch.zeros(1, 3), bonds]) - torch.tensor([0.3, 0.1, 0.2])
+    torch.manual_seed(1)
+    options = dict(num_layers=2, num_heads=1, channels_div=1, fiber_out=Fiber({0: 1}), return_type=0, pooling="sum")
+    model = SE3Transformer(fiber_in=Fiber({0: 2}), fiber_hidden=Fiber.create(2, 8), norm_softening=softening, **options)
+    kinds = {"0": torch.eye(2)[[0, 1, 1, 1, 1]].unsqueeze(-1)}
+    with torch.no_grad(), nullcontext() if natively else native.switched_off():
+        for layer in model.graph_modules[1::2]:
+            layer.group_norm.bias.fill_(2.0)  # as may be learned: a length of zero becomes a positive one
+        found = torch.stack(
+            [model(fully_connected(positions @ rotation.float().T), kinds) for rotation in random_rotations(20)]
+        ).flatten()
+    assert (found.std() > 1e-5 * found.abs().mean()) == changes
+
+
 def isolated():
     """Three nodes, two edges to node 0, none to the others."""
     sample = random_sample({0: 2, 1: 2}, nodes=(3,), edges=(0,))
@@ -246,6 +286,7 @@ class OptionsBattery(ModelBattery):
         options = {
             "norm": True,
             "norm_type": "norm",
+            "norm_softening": 0.0,
             "self_interaction": "linear",
             "skip": "cat",
             "last_self_interaction": "linear",
@@ -274,7 +315,8 @@ class OptionsBattery(ModelBattery):
             )
             fiber, step = fiber_hidden, step + 1
             if options["norm"]:
-                x = slow_norm(reference.sub(state, f"graph_modules.{step}."), options["norm_type"], x)
+                norm = reference.sub(state, f"graph_modules.{step}.")
+                x = slow_norm(norm, options["norm_type"], x, options["norm_softening"])
                 step += 1
         last, fibers = reference.sub(state, f"graph_modules.{step}."), (fiber, fiber_out, fiber_edge)
         kind = options["last_self_interaction"]
@@ -300,6 +342,7 @@ class TestCleanLastConvolution(OptionsBattery):
     num_layers = 2
     options = {
         "relative_pos": "cat",
+        "norm_softening": 0.2,
         "skip": "sum",
         "self_interaction": "attentive",
         "aggregation": "mean",
@@ -348,6 +391,7 @@ def test_default_is_what_the_options_say_it_is():
     """Every option has the value by default that leaves the widely used model as it is, under the same keys."""
     spelt_out = build(
         norm_type="norm",
+        norm_softening=0.0,
         self_interaction="linear",
         skip="cat",
         relative_pos=None,
@@ -382,6 +426,9 @@ def test_relative_position_of_edges_in_pairs(relative_pos):
         ({"skip": "add"}, "skip must be 'cat' or 'sum', got 'add'"),
         ({"norm_type": "layer"}, "norm_type must be 'norm' or 'bias', got 'layer'"),
         ({"norm_type": "bias", "norm": False}, "norm_type 'bias' needs norm=True"),
+        ({"norm_softening": 0.1, "norm": False}, "norm_softening 0.1 needs norm=True"),
+        ({"norm_softening": -0.1}, "softening of norms must be a length, 0 or more, got -0.1"),
+        ({"norm_softening": float("nan"), "norm_type": "bias"}, "must be a length, 0 or more, got nan"),
         ({"final_layer": "att"}, "final_layer must be 'conv' or 'lin' or 'attention', got 'att'"),
         ({"final_layer": "lin", "num_layers": 0}, "makes no new degrees, but fiber_out has [1]"),
         ({"final_layer": "lin", "aggregation": "mean"}, "last convolution, but final_layer is 'lin'"),

@@ -220,7 +220,9 @@ def model_options(draw):
         relative_pos=RELATIVE_POS,
         self_interaction=SELF_INTERACTION,
     )
-    return options | choices(draw, norm_type=("norm", "bias")) if options["norm"] else options
+    return (
+        options | choices(draw, norm_type=("norm", "bias"), norm_softening=(0.0, 0.3)) if options["norm"] else options
+    )
 
 
 def last_convolution_options(draw):

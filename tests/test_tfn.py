@@ -35,7 +35,7 @@ class TFNBattery(ModelBattery):
             )
             if step == 2 and layer < self.num_layers:
                 norm = reference.sub(state, f"graph_modules.{step * layer + 1}.")
-                x = slow_norm(norm, options.get("norm_type", "norm"), x)
+                x = slow_norm(norm, options.get("norm_type", "norm"), x, options.get("norm_softening", 0.0))
         return x
 
 
@@ -48,6 +48,7 @@ class TestWithOptions(TFNBattery):
     num_layers = 1
     options = {
         "norm_type": "bias",
+        "norm_softening": 0.2,
         "self_interaction": "attentive",
         "relative_pos": "add",
         "aggregation": "mean",

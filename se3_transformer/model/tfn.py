@@ -43,6 +43,7 @@ class TensorFieldNetwork(EquivariantNetwork):
         low_memory: bool = False,
         *,
         norm_type: NormType = "norm",
+        norm_softening: float = 0.0,
         self_interaction: SelfInteraction = "linear",
         relative_pos: RelativePosition | None = None,
         aggregation: Aggregation = "sum",
@@ -67,5 +68,5 @@ class TensorFieldNetwork(EquivariantNetwork):
                     self_interaction_per=self_interaction_per,
                 )
             )
-            modules += nonlinearity(norm, norm_type, fiber_next)
+            modules += nonlinearity(norm, norm_type, norm_softening, fiber_next)
         self.graph_modules = Sequential(*modules[: len(modules) - norm])

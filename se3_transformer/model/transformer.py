@@ -191,6 +191,7 @@ class SE3Transformer(EquivariantNetwork):
         tensor_cores: let all degrees share one radial network where the fibers allow it.
         low_memory: one radial network per pair of degrees, and least memory.
         norm_type: the nonlinearity, 'norm' (`NormSE3`) or 'bias' (`NormBiasSE3`).
+        norm_softening: length below which it makes features shorter instead of keeping their lengths, see `NormSE3`.
         self_interaction: in the attention blocks, 'linear' or 'attentive', see `AttentionBlockSE3`.
         skip: skip connection of these blocks, 'cat' or 'sum', see `AttentionBlockSE3`.
         relative_pos: relative positions as vectors among the source features of every layer, 'cat' or 'add', see
@@ -226,6 +227,7 @@ class SE3Transformer(EquivariantNetwork):
         low_memory: bool = False,
         *,
         norm_type: NormType = "norm",
+        norm_softening: float = 0.0,
         self_interaction: SelfInteraction = "linear",
         skip: Skip = "cat",
         relative_pos: RelativePosition | None = None,
@@ -282,7 +284,7 @@ class SE3Transformer(EquivariantNetwork):
                     **shared,
                 )
             )
-            modules += nonlinearity(norm, norm_type, fiber_hidden)
+            modules += nonlinearity(norm, norm_type, norm_softening, fiber_hidden)
             fiber = fiber_hidden
         last: nn.Module
         if final_layer == "lin":
@@ -315,12 +317,14 @@ def fuse_level(tensor_cores: bool, low_memory: bool) -> ConvSE3FuseLevel:
     return ConvSE3FuseLevel.FULL if tensor_cores else ConvSE3FuseLevel.PARTIAL
 
 
-def nonlinearity(norm: bool, norm_type: NormType, fiber: Fiber) -> list[nn.Module]:
+def nonlinearity(norm: bool, norm_type: NormType, norm_softening: float, fiber: Fiber) -> list[nn.Module]:
     """The layer between two others: one, or none without `norm`."""
     check_choice("norm_type", norm_type, NORMS)
     if not norm and norm_type != "norm":
         raise ValueError(f"norm_type {norm_type!r} needs norm=True")
-    return [NORMS[norm_type](fiber)] if norm else []
+    if not norm and norm_softening:
+        raise ValueError(f"norm_softening {norm_softening} needs norm=True")
+    return [NORMS[norm_type](fiber, softening=norm_softening)] if norm else []
 
 
 class SE3TransformerPooled(nn.Module):

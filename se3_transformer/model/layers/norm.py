@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -21,13 +22,22 @@ class NormSE3(nn.Module):
 
     `norm` is a group norm with degrees as groups where all degrees have the same number of channels, else a layer norm
     per degree. {'l': (N, C, 2l+1)} -> the same shapes.
+
+    Args:
+        fiber: of the features.
+        nonlinearity: ReLU unless given.
+        softening: s, with which (|x|² + s²)^½ stands for both |x|. With s = 0 what comes out need not shrink with x,
+            and of x that is zero by symmetry, and a rounding error in the computer, a long feature may be made.
+
+    Raises:
+        ValueError: a softening that is negative or not finite.
     """
 
     NORM_CLAMP = 2**-24  # smallest subnormal number of half precision
 
-    def __init__(self, fiber: Fiber, nonlinearity: nn.Module | None = None):
+    def __init__(self, fiber: Fiber, nonlinearity: nn.Module | None = None, *, softening: float = 0.0):
         super().__init__()
-        self.fiber = fiber
+        self.fiber, self.softening = fiber, checked_softening(softening)
         self.nonlinearity = nn.ReLU() if nonlinearity is None else nonlinearity
         if len(set(fiber.channels)) == 1:
             self.group_norm = nn.GroupNorm(num_groups=len(fiber.degrees), num_channels=sum(fiber.channels))
@@ -44,14 +54,14 @@ class NormSE3(nn.Module):
         norms: list[Any] = [self.group_norm] if together else [self.layer_norms[str(d)] for d in self.fiber.degrees]
         affine = (torch.cat([norm.weight for norm in norms]), torch.cat([norm.bias for norm in norms]))
         if type(self.nonlinearity) is nn.ReLU and native.fits(*affine, *inputs, precisions=(torch.float32,)):
-            outputs = _Native.apply(self._normalised, *affine, *inputs)
+            outputs = _Native.apply(self._normalised, self.softening, *affine, *inputs)
         else:
             outputs = self._normalised(*affine, *inputs)
         return dict(zip(map(str, self.fiber.degrees), outputs, strict=True))
 
     def _normalised(self, weight: Tensor, bias: Tensor, *features: Tensor) -> list[Tensor]:
         """From scale and shift (sum of C,) and the features of every degree."""
-        lengths, channels = [clamped_length(feature) for feature in features], self.fiber.channels
+        lengths, channels = [softened_length(feature, self.softening) for feature in features], self.fiber.channels
         weight, bias = weight.to(lengths[0].dtype), bias.to(lengths[0].dtype)
         if hasattr(self, "group_norm"):
             # not the one of nn.functional, which refuses one node with one channel
@@ -68,7 +78,7 @@ class NormSE3(nn.Module):
 class Norm(ctypes.Structure):
     """As in norm.c."""
 
-    _fields_ = native.numbers("nodes degrees threads channels largest")
+    _fields_ = [*native.numbers("nodes degrees threads channels largest"), ("softening", ctypes.c_float)]
 
 
 class Degree(ctypes.Structure):
@@ -81,11 +91,13 @@ class _Native(torch.autograd.Function):
     """`NormSE3` with ReLU, by norm.c; `same` is the same function in PyTorch."""
 
     @staticmethod
-    def forward(ctx, same: Callable, weight: Tensor, bias: Tensor, *features: Tensor) -> tuple[Tensor, ...]:
-        ctx.same = same
+    def forward(
+        ctx, same: Callable, softening: float, weight: Tensor, bias: Tensor, *features: Tensor
+    ) -> tuple[Tensor, ...]:
+        ctx.same, ctx.softening = same, softening
         ctx.save_for_backward(weight, bias, *features)
         out = [feature.new_empty(feature.shape) for feature in features]
-        sizes = _Native.sizes(weight, features, features)
+        sizes = _Native.sizes(softening, weight, features, features)
         native.call("norm_forward", *sizes, list(features), weight.contiguous(), bias.contiguous(), out)
         return tuple(out)
 
@@ -94,25 +106,27 @@ class _Native(torch.autograd.Function):
         weight, bias, *features = ctx.saved_tensors
         if torch.is_grad_enabled():  # for second derivatives
             inputs = (weight, bias, *features)
-            return None, *native.differentiable_gradients(ctx.same, inputs, ctx.needs_input_grad[1:], grad)
+            return None, None, *native.differentiable_gradients(ctx.same, inputs, ctx.needs_input_grad[2:], grad)
         grads_out = [native.plain(of_feature) for of_feature in grad]
-        sizes = _Native.sizes(weight, features, grads_out)
+        sizes = _Native.sizes(ctx.softening, weight, features, grads_out)
         grads = [feature.new_empty(feature.shape) for feature in features]
         of_affine = weight.new_empty(sizes[0].threads, 2, len(weight))
         native.call(
             "norm_backward",
             *(*sizes, features, weight.contiguous(), bias.contiguous(), grads_out, grads, of_affine),
         )
-        return None, *of_affine[0].clone(), *grads
+        return None, None, *of_affine[0].clone(), *grads
 
     @staticmethod
-    def sizes(weight: Tensor, features: Sequence[Tensor], grad: Sequence[Tensor]) -> tuple[Norm, ctypes.Array]:
+    def sizes(
+        softening: float, weight: Tensor, features: Sequence[Tensor], grad: Sequence[Tensor]
+    ) -> tuple[Norm, ctypes.Array]:
         degrees, first = [], 0
         for feature, of_feature in zip(features, grad, strict=True):
             degrees.append(Degree(*feature.shape[1:], first, *feature.stride(), *of_feature.stride()))
             first += feature.shape[1]
         largest = max(feature.shape[2] for feature in features)
-        norm = Norm(len(features[0]), len(degrees), torch.get_num_threads(), len(weight), largest)
+        norm = Norm(len(features[0]), len(degrees), torch.get_num_threads(), len(weight), largest, softening)
         return norm, native.array(Degree, degrees)
 
 
@@ -120,29 +134,36 @@ class NormBiasSE3(nn.Module):
     """Shifts the lengths of features and leaves their directions: x · ReLU(|x| + bias) / |x| (Thomas et al. 2018).
 
     There is no normalisation: a bias for each channel of each degree is all that is learned. They start at 0, where
-    the layer is the identity. {'l': (N, C, 2l+1)} -> the same shapes.
+    the layer is the identity. {'l': (N, C, 2l+1)} -> the same shapes. `softening` and errors are those of `NormSE3`.
     """
 
-    def __init__(self, fiber: Fiber):
+    def __init__(self, fiber: Fiber, *, softening: float = 0.0):
         super().__init__()
+        self.softening = checked_softening(softening)
         self.biases = nn.ParameterDict({str(degree): nn.Parameter(torch.zeros(c)) for degree, c in fiber})
 
     def forward(self, features: dict[str, Tensor], *args, **kwargs) -> dict[str, Tensor]:
         out = {}
         for degree, bias in self.biases.items():
-            length = clamped_length(features[degree])
+            length = softened_length(features[degree], self.softening)
             factor = relu(length + bias) / length
             out[degree] = features[degree] * factor.to(features[degree].dtype).unsqueeze(-1)
         return out
 
 
-def clamped_length(feature: Tensor) -> Tensor:
+def softened_length(feature: Tensor, softening: float) -> Tensor:
     """(N, C, 2l+1) -> (N, C), at least `NormSE3.NORM_CLAMP`; with finite derivatives everywhere.
 
     In at least single precision: squares leave the range of half precision both ways.
     """
     feature = feature.to(torch.promote_types(feature.dtype, torch.float32))
-    return feature.square().sum(dim=-1).clamp(min=NormSE3.NORM_CLAMP**2).sqrt()
+    return (feature.square().sum(dim=-1).clamp(min=NormSE3.NORM_CLAMP**2) + softening**2).sqrt()
+
+
+def checked_softening(softening: float) -> float:
+    if not 0 <= softening < math.inf:
+        raise ValueError(f"softening of norms must be a length, 0 or more, got {softening}")
+    return softening
 
 
 NORMS: dict[str, type[nn.Module]] = {"norm": NormSE3, "bias": NormBiasSE3}

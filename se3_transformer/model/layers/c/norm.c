@@ -1,4 +1,5 @@
-/* NormSE3 of norm.py with ReLU: with the lengths |x[c]| of the C channels of a degree of a node, at least CLAMP,
+/* NormSE3 of norm.py with ReLU: with the lengths |x[c]| of the C channels of a degree of a node, at least CLAMP and
+ * softened,
  *
  *     out[c] = x[c] · relu(weight[c] (|x[c]| - mean) / deviation + bias[c]) / |x[c]|,      mean, deviation over c. */
 #include "common.h"
@@ -6,6 +7,7 @@
 typedef struct {
     int64_t nodes, degrees, threads;
     int64_t channels, largest; /* channels of all degrees; the largest M */
+    float softening;
 } Norm;
 
 /* Features (nodes, C, M) of a degree; distances from node to node, channel to channel, and order to order. */
@@ -25,14 +27,14 @@ static void collect(const Degree *d, const float *from, int64_t channel, int64_t
 }
 
 /* Lengths (C) of x (M, C), their inverse standard deviation, and them normalised (C). */
-static float normed_lengths(const Degree *d, const float *x, float *lengths, float *normed)
+static float normed_lengths(const Degree *d, float softening, const float *x, float *lengths, float *normed)
 {
     float mean = 0, square = 0;
     for (int64_t c = 0; c < d->C; c++) lengths[c] = 0;
     for (int64_t m = 0; m < d->M; m++, x += d->C)
         for (int64_t c = 0; c < d->C; c++) lengths[c] += x[c] * x[c];
     for (int64_t c = 0; c < d->C; c++) {
-        lengths[c] = sqrtf(lengths[c] < CLAMP * CLAMP ? CLAMP * CLAMP : lengths[c]);
+        lengths[c] = sqrtf((lengths[c] < CLAMP * CLAMP ? CLAMP * CLAMP : lengths[c]) + softening * softening);
         mean += lengths[c];
     }
     mean /= d->C;
@@ -63,7 +65,7 @@ int norm_forward(
                 const float *from = x[i] + node * d->node, *w = weight + d->first, *b = bias + d->first;
                 float *to = out[i] + node * d->C * d->M;
                 collect(d, from, d->channel, d->order, x_rows);
-                normed_lengths(d, x_rows, lengths, normed);
+                normed_lengths(d, n->softening, x_rows, lengths, normed);
                 for (int64_t c = 0; c < d->C; c++) {
                     const float value = w[c] * normed[c] + b[c];
                     factors[c] = (value < 0 ? 0 : value) / lengths[c];
@@ -103,7 +105,7 @@ int norm_backward(
                 float *to = grad_x[i] + node * d->C * d->M, *grad_w = own + d->first, *grad_b = grad_w + n->channels;
                 collect(d, from, d->channel, d->order, x_rows);
                 collect(d, g, d->grad_channel, d->grad_order, g_rows);
-                const float inverse = normed_lengths(d, x_rows, lengths, normed);
+                const float inverse = normed_lengths(d, n->softening, x_rows, lengths, normed);
                 float mean = 0, along = 0;
                 for (int64_t c = 0; c < d->C; c++) sums[c] = 0; /* gradients of the factors */
                 for (int64_t m = 0; m < d->M; m++)
