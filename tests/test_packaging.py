@@ -69,8 +69,8 @@ def test_installed_package_works_in_another_folder(wheel, tmp_path):
     run("-m", "venv", "--without-pip", environment)
     python = environment / ("Scripts/python.exe" if sys.platform == "win32" else "bin/python")
     packages = run("-c", "import sysconfig; print(sysconfig.get_path('purelib'))", python=python).strip()
-    (Path(packages) / "libraries.pth").write_text(sysconfig.get_path("purelib") + "\n")
     run("-m", "pip", "--python", python, "install", "--no-deps", "--no-index", wheel)
+    (Path(packages) / "libraries.pth").write_text(sysconfig.get_path("purelib") + "\n")
     result = json.loads(run("-I", "-c", SMOKE_TEST, python=python, cwd=tmp_path).splitlines()[-1])
     assert Path(result["file"]).is_relative_to(packages), "not the installed package was imported"
     assert result["shape"] == [5, 1, 3]
