@@ -403,8 +403,10 @@ def test_compiler_that_was_killed(tmp_path):
 
 
 @needs_compiler
-def test_compiler_without_openmp(tmp_path):
-    without = compiler(tmp_path / "without", 'case "$*" in *-fopenmp*) echo "no option -fopenmp" >&2; exit 1;; esac')
+@pytest.mark.parametrize("flags", [["-fopenmp"], ["-march=native"], ["-march=native", "-fopenmp"]])
+def test_compiler_that_lacks_flags(flags, tmp_path):
+    refuse = (f'case "$*" in *{flag}*) echo "unsupported option {flag}" >&2; exit 1;; esac' for flag in flags)
+    without = compiler(tmp_path / "without", "\n".join(refuse))
     assert load(CC=without, SE3_TRANSFORMER_CACHE=str(tmp_path / "cache"))[:2] == (True, 0)
 
 

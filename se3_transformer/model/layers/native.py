@@ -31,9 +31,11 @@ HIDDEN = 32  # hidden units of the radial networks that it is written for
 BLOCK = 32  # edges that stand side by side, see c/common.h
 EPSILON = 1e-5  # of its layer norms, the default of torch
 # The order of sums may change, the treatment of NaN and infinity may not.
-FLAGS = (
-    "-std=gnu11 -O3 -march=native -fPIC -shared -fno-math-errno -fno-trapping-math -fno-signed-zeros -fassociative-math"
-).split()
+FLAGS = "-std=gnu11 -O3 -fPIC -shared -fno-math-errno -fno-trapping-math -fno-signed-zeros -fassociative-math".split()
+OPTIONAL = {  # flags that some compilers lack, with what those say then; without: slower code, one thread
+    "-march=native": r"march",
+    "-fopenmp": r"openmp|\b(lib|l)?[gi]?omp\b",
+}
 AT_MOST_SINGLE = (torch.float32, torch.bfloat16, torch.float16)
 TENSORS = (Tensor, torch.nn.Parameter)
 OFF = "SE3_TRANSFORMER_NATIVE"  # environment variable: 0 to do without
@@ -159,20 +161,25 @@ def compiled() -> Path:
     if compiler is None:
         raise FileNotFoundError(f"no C compiler {name!r}")
     sources = [source.read_text(encoding="utf-8") for source in sorted(SOURCES.iterdir())]
-    made_of = "\n".join([*sources, run([compiler, "--version"]), *FLAGS, processor()])
+    made_of = "\n".join([*sources, run([compiler, "--version"]), *FLAGS, *OPTIONAL, processor()])
     path = folder() / f"layers_{hashlib.sha256(made_of.encode()).hexdigest()[:16]}.so"
     if not path.exists():
         with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
             new = Path(scratch) / path.name
-            files = ["-o", str(new), *map(str, sorted(SOURCES.glob("*.c")))]
-            try:
-                run([compiler, *FLAGS, "-fopenmp", *files])
-            except subprocess.CalledProcessError as error:
-                if not re.search(r"openmp|\b(lib|l)?[gi]?omp\b", error.stderr):  # killed, say: not for good
-                    raise
-                run([compiler, *FLAGS, *files])  # a compiler without OpenMP: one thread
+            compile_with(compiler, list(OPTIONAL), ["-o", str(new), *map(str, sorted(SOURCES.glob("*.c")))])
             new.replace(path)
     return path
+
+
+def compile_with(compiler: str, optional: list[str], files: list[str]) -> None:
+    """Run the compiler with optional flags, or those of them that it knows."""
+    try:
+        run([compiler, *FLAGS, *optional, *files])
+    except subprocess.CalledProcessError as error:
+        known = [flag for flag in optional if not re.search(OPTIONAL[flag], error.stderr)]
+        if known == optional:  # something else is wrong; or it was killed, which must not slow the library for good
+            raise
+        compile_with(compiler, known, files)
 
 
 def run(command: list[str]) -> str:
