@@ -316,7 +316,7 @@ class _Call:
         grad_x = self._frames(plan.inputs, self.hidden.new_zeros)
         grad_hidden, grad_matrices = torch.zeros_like(self.hidden), torch.empty_like(self.matrices)
         sizes = self._sizes()
-        spare = self.matrices.new_empty(sizes.threads - 1, plan.largest_matrix)
+        spare = self.matrices.new_empty(sizes.threads, plan.largest_matrix)
         native.call(
             "contraction_backward",
             *(sizes, plan.terms, x, plan.inputs.rows, self.hidden, self.matrices, grad_z, plan.outputs.rows),

@@ -57,44 +57,119 @@ static void apply(const Term *s, int64_t ks, const float *radial, const float *x
         }
 }
 
-/* The gradients of `apply`, from grad (P, Q, BLOCK): grad_x (P, ks, BLOCK) is added to, and grad_radial (ks, P, Q,
- * BLOCK) written, or added to. */
-static void apply_backward(
-    const Term *s, int64_t ks, const float *radial, const float *x, const float *grad, float *grad_x,
-    float *grad_radial, const int add)
+/* grad_x (P, ks, BLOCK) += the gradient of `apply` with respect to x, from grad (P, Q, BLOCK) */
+static void apply_to_gradient(const Term *s, int64_t ks, const float *radial, const float *grad, float *grad_x)
 {
     const int64_t Q = s->Q, minus_x = s->x_sign * BLOCK, minus = Q * BLOCK, minus_grad = s->out_sign * BLOCK;
-    for (int64_t k = 0; k < ks; k++, x += BLOCK, grad_x += BLOCK, radial += s->P * minus, grad_radial += s->P * minus)
+    for (int64_t k = 0; k < ks; k++, grad_x += BLOCK, radial += s->P * minus)
         for (int start = 0; start < BLOCK; start += WIDTH) {
             const float *a = radial, *g = grad;
-            float *grad_a = grad_radial;
-            vector plus[PARTS], minus_sum[PARTS], x_plus[PARTS], x_minus[PARTS];
+            vector plus[PARTS], minus_sum[PARTS];
             EACH plus[p] = minus_sum[p] = (vector){0};
-            EACH x_plus[p] = AT(x);
             if (s->P == 1) {
-                for (int64_t q = 0; q < Q; q++, a += BLOCK, grad_a += BLOCK, g += BLOCK)
-                    EACH {
-                        plus[p] += AT(a) * AT(g);
-                        const vector of_a = x_plus[p] * AT(g);
-                        if (add) AT(grad_a) += of_a; else AT(grad_a) = of_a;
-                    }
+                for (int64_t q = 0; q < Q; q++, a += BLOCK, g += BLOCK) EACH plus[p] += AT(a) * AT(g);
                 EACH AT(grad_x) += plus[p];
                 continue;
             }
-            EACH x_minus[p] = AT(x + minus_x);
-            for (int64_t q = 0; q < Q; q++, a += BLOCK, grad_a += BLOCK, g += BLOCK)
+            for (int64_t q = 0; q < Q; q++, a += BLOCK, g += BLOCK)
                 EACH {
                     const vector g_plus = AT(g), g_minus = AT(g + minus_grad);
                     plus[p] += AT(a) * g_plus + AT(a + minus) * g_minus;
                     minus_sum[p] += AT(a) * g_minus - AT(a + minus) * g_plus;
-                    const vector of_a = x_plus[p] * g_plus + x_minus[p] * g_minus;
-                    const vector of_b = x_plus[p] * g_minus - x_minus[p] * g_plus;
-                    if (add) AT(grad_a) += of_a; else AT(grad_a) = of_a;
-                    if (add) AT(grad_a + minus) += of_b; else AT(grad_a + minus) = of_b;
                 }
             EACH AT(grad_x) += plus[p];
             EACH AT(grad_x + minus_x) += minus_sum[p];
         }
+}
+
+/* grad_radial (ks, P, Q, BLOCK) (+)= the gradient of `apply` with respect to radial, from x and grad */
+static inline __attribute__((always_inline)) void gradient_of_radial(
+    const Term *s, int64_t ks, const float *x, const float *grad, float *grad_radial, const int add)
+{
+    const int64_t Q = s->Q, minus_x = s->x_sign * BLOCK, minus = Q * BLOCK, minus_grad = s->out_sign * BLOCK;
+    for (int64_t k = 0; k < ks; k++, x += BLOCK, grad_radial += s->P * minus)
+        for (int start = 0; start < BLOCK; start += WIDTH) {
+            const float *g = grad;
+            float *to = grad_radial;
+            vector x_plus[PARTS], x_minus[PARTS];
+            EACH x_plus[p] = AT(x);
+            if (s->P == 1) {
+                for (int64_t q = 0; q < Q; q++, to += BLOCK, g += BLOCK)
+                    EACH {
+                        const vector of_a = x_plus[p] * AT(g);
+                        if (add) AT(to) += of_a; else AT(to) = of_a;
+                    }
+                continue;
+            }
+            EACH x_minus[p] = AT(x + minus_x);
+            for (int64_t q = 0; q < Q; q++, to += BLOCK, g += BLOCK)
+                EACH {
+                    const vector g_plus = AT(g), g_minus = AT(g + minus_grad);
+                    const vector of_a = x_plus[p] * g_plus + x_minus[p] * g_minus;
+                    const vector of_b = x_plus[p] * g_minus - x_minus[p] * g_plus;
+                    if (add) AT(to) += of_a; else AT(to) = of_a;
+                    if (add) AT(to + minus) += of_b; else AT(to + minus) = of_b;
+                }
+        }
+}
+
+/* For m > 0 and one k: mixed (2, Q, HIDDEN) = -A - B and B - A, of the matrix (A, B), for `gradient_of_outer`. */
+static void mix(const Term *s, const float *matrix, float *mixed)
+{
+    const int64_t size = s->Q * HIDDEN;
+    for (int64_t i = 0; i < size; i++) {
+        mixed[i] = -matrix[i] - matrix[i + size];
+        mixed[i + size] = matrix[i + size] - matrix[i];
+    }
+}
+
+/* For one k, outer (P, HIDDEN, BLOCK) = the gradient of the outer product of x and the hidden layer, from grad (P, Q,
+ * BLOCK) and for m > 0 the sum of its two parts. With the transposed matrices A (and B) it is A grad, or
+ *
+ *     outer[+] = A grad[+] + B grad[-] = A (grad[+] + grad[-]) + (B - A) grad[-]
+ *     outer[-] = A grad[-] - B grad[+] = A (grad[+] + grad[-]) - (A + B) grad[+],       three products for four. */
+static void gradient_of_outer(
+    const Term *s, const float *matrix, const float *mixed, const float *grad, const float *sum, float *outer)
+{
+    const int64_t Q = s->Q;
+    product(BLOCK, HIDDEN, Q, matrix, 1, HIDDEN, s->P == 1 ? grad : sum, BLOCK, outer, 0);
+    if (s->P == 1) return;
+    float *minus = outer + HIDDEN * BLOCK;
+    memcpy(minus, outer, HIDDEN * BLOCK * sizeof(float));
+    product(BLOCK, HIDDEN, Q, mixed + Q * HIDDEN, 1, HIDDEN, grad + s->out_sign * BLOCK, BLOCK, outer, 1);
+    product(BLOCK, HIDDEN, Q, mixed, 1, HIDDEN, grad, BLOCK, minus, 1);
+}
+
+/* From this gradient those of its factors: grad_x (P, BLOCK) of one k and grad_h (HIDDEN, BLOCK) are added to. */
+static void gradients_of_factors(
+    const Term *s, const float *outer, const float *x, const float *h, float *grad_x, float *grad_h)
+{
+    const int64_t minus = HIDDEN * BLOCK, minus_x = s->x_sign * BLOCK;
+    for (int start = 0; start < BLOCK; start += WIDTH) {
+        const float *o = outer, *hi = h;
+        float *to = grad_h;
+        vector plus[PARTS], minus_sum[PARTS], x_plus[PARTS], x_minus[PARTS];
+        EACH plus[p] = minus_sum[p] = (vector){0};
+        EACH x_plus[p] = AT(x);
+        if (s->P == 1) {
+            for (int i = 0; i < HIDDEN; i++, o += BLOCK, hi += BLOCK, to += BLOCK)
+                EACH {
+                    plus[p] += AT(o) * AT(hi);
+                    AT(to) += AT(o) * x_plus[p];
+                }
+            EACH AT(grad_x) += plus[p];
+            continue;
+        }
+        EACH x_minus[p] = AT(x + minus_x);
+        for (int i = 0; i < HIDDEN; i++, o += BLOCK, hi += BLOCK, to += BLOCK)
+            EACH {
+                plus[p] += AT(o) * AT(hi);
+                minus_sum[p] += AT(o + minus) * AT(hi);
+                AT(to) += AT(o) * x_plus[p] + AT(o + minus) * x_minus[p];
+            }
+        EACH AT(grad_x) += plus[p];
+        EACH AT(grad_x + minus_x) += minus_sum[p];
+    }
 }
 
 /* How many k of radial weights are made at a time: TILE of them, or the weights of one k. */
@@ -137,52 +212,70 @@ int contraction_forward(
     return failed;
 }
 
-/* From the gradient of out those of x and hidden, which are added to, and of the matrices. Threads other
- * than the first add up their share of a matrix's gradient in spare (threads - 1, spare_size: the largest matrix). */
+/* From the gradient of out those of x and hidden, which are added to, and of the matrices. Edges that share radial
+ * weights make them again, for all of them; an edge that has its own takes fewer products by the gradient of the outer
+ * product of x and hidden. In spare (threads, spare_size: the largest matrix) threads other than the first add up their
+ * share of a matrix's gradient, and the last row has `mix` of the matrix. */
 int contraction_backward(
     const Sizes *sizes, const Term *terms, const float *const *x, const int64_t *x_rows, const float *hidden,
     const float *matrices, const float *const *grad, const int64_t *out_rows, float *const *grad_x, float *grad_hidden,
     float *grad_matrices, float *spare, int64_t spare_size)
 {
     const int64_t G = sizes->group, rows = sizes->rows;
+    float *mixed = spare + (sizes->threads - 1) * spare_size;
     int failed = 0, team = 1;
 #pragma omp parallel num_threads(sizes->threads)
     for (const Term *t = terms; t < terms + sizes->terms; t++) {
-        const int64_t K = t->K, columns = t->P * t->Q, tile = tile_length(t), size = K * columns * HIDDEN;
+        const int64_t K = t->K, columns = t->P * t->Q, tile = tile_length(t), step = columns * HIDDEN;
         const int64_t x_edge = x_rows[t->x] * BLOCK, out_edge = out_rows[t->out] * BLOCK;
-        float *h = scratch((2 * HIDDEN + 2 * tile * columns) * BLOCK), *grad_h = h + HIDDEN * BLOCK;
-        float *radial = grad_h + HIDDEN * BLOCK, *grad_radial = radial + tile * columns * BLOCK;
+        float *h = scratch((4 * HIDDEN + t->Q + 2 * tile * columns) * BLOCK), *grad_h = h + HIDDEN * BLOCK;
+        float *outer = grad_h + HIDDEN * BLOCK, *sum = outer + 2 * HIDDEN * BLOCK;
+        float *radial = sum + t->Q * BLOCK, *grad_radial = radial + tile * columns * BLOCK;
         const int thread = omp_get_thread_num();
+        const float *matrix = matrices + t->matrix;
         float *grad_matrix = grad_matrices + t->matrix, *own = thread ? spare + (thread - 1) * spare_size : grad_matrix;
-        memset(own, 0, size * sizeof(float));
+        memset(own, 0, K * step * sizeof(float));
         if (!h) failed = NO_MEMORY;
 #pragma omp single
         team = omp_get_num_threads();
 #pragma omp for schedule(static)
+        for (int64_t k = 0; k < (G == 1 && t->P == 2 ? K : 0); k++) mix(t, matrix + k * step, mixed + k * step);
+#pragma omp for schedule(static)
         for (int64_t row = 0; row < rows; row += BLOCK) {
             if (!h) continue;
             const int64_t valid = rows - row < BLOCK ? rows - row : BLOCK, first = row / BLOCK * G;
-            const int64_t x_place = first * x_edge + t->x_offset * BLOCK;
+            const float *xs = x[t->x] + first * x_edge + t->x_offset * BLOCK;
+            float *grad_xs = grad_x[t->x] + (xs - x[t->x]);
             const float *grads = grad[t->out] + first * out_edge + t->out_offset * BLOCK;
             const float *h_rows = hidden + row * sizes->hidden_row + t->hidden;
             load(h_rows, sizes->hidden_row, valid, HIDDEN, h);
-            for (int64_t k = 0; k < K; k += tile) {
+            memset(grad_h, 0, HIDDEN * BLOCK * sizeof(float));
+            if (G == 1 && t->P == 2)
+                for (int64_t i = 0; i < t->Q * BLOCK; i++) sum[i] = grads[i] + grads[i + t->out_sign * BLOCK];
+            for (int64_t k = 0; k < K; k += tile, xs += tile * BLOCK, grad_xs += tile * BLOCK) {
                 const int64_t ks = K - k < tile ? K - k : tile;
-                const float *part = matrices + t->matrix + k * columns * HIDDEN;
-                product(BLOCK, ks * columns, HIDDEN, part, HIDDEN, 1, h, BLOCK, radial, 0);
-                for (int64_t g = 0; g < G; g++) {
-                    const int64_t place = x_place + g * x_edge + k * BLOCK;
-                    apply_backward(t, ks, radial, x[t->x] + place, grads + g * out_edge, grad_x[t->x] + place,
-                                   grad_radial, g > 0);
+                if (G == 1) {
+                    for (int64_t i = 0; i < ks; i++) {
+                        gradient_of_outer(t, matrix + (k + i) * step, mixed + (k + i) * step, grads, sum, outer);
+                        gradients_of_factors(t, outer, xs + i * BLOCK, h, grad_xs + i * BLOCK, grad_h);
+                    }
+                    gradient_of_radial(t, ks, xs, grads, grad_radial, 0);
+                } else {
+                    product(BLOCK, ks * columns, HIDDEN, matrix + k * step, HIDDEN, 1, h, BLOCK, radial, 0);
+                    for (int64_t g = 0; g < G; g++) {
+                        apply_to_gradient(t, ks, radial, grads + g * out_edge, grad_xs + g * x_edge);
+                        if (g) gradient_of_radial(t, ks, xs + g * x_edge, grads + g * out_edge, grad_radial, 1);
+                        else gradient_of_radial(t, ks, xs, grads, grad_radial, 0);
+                    }
+                    product(BLOCK, HIDDEN, ks * columns, matrix + k * step, 1, HIDDEN, grad_radial, BLOCK, grad_h, 1);
                 }
-                product(BLOCK, HIDDEN, ks * columns, part, 1, HIDDEN, grad_radial, BLOCK, grad_h, k > 0);
                 product(HIDDEN, ks * columns, valid, grad_radial, BLOCK, 1, h_rows, sizes->hidden_row,
-                        own + k * columns * HIDDEN, 1);
+                        own + k * step, 1);
             }
             store(grad_h, grad_hidden + row * sizes->hidden_row + t->hidden, sizes->hidden_row, valid, HIDDEN, 1);
         }
 #pragma omp for schedule(static)
-        for (int64_t i = 0; i < size; i++)
+        for (int64_t i = 0; i < K * step; i++)
             for (int other = 1; other < team; other++) grad_matrix[i] += spare[(other - 1) * spare_size + i];
     }
     return failed;
