@@ -135,7 +135,7 @@ def test_forces_example(tmp_path):
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "found.png").read_bytes().startswith(b"\x89PNG")
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in done.stdout.splitlines()[2:]]
-    assert len(rows) == 5
+    assert len(rows) == 6
     spread = {row[0]: float(row[3]) for row in rows if row[3]}
     assert spread["Morse potential"] < 1e-2
     assert spread["trained on energies and forces"] < 1e-2  # the energy is kept although next to nothing was learned
