@@ -10,7 +10,7 @@
  */
 #include "common.h"
 
-enum { TILE = 512 }; /* radial weights of a row at a time */
+enum { TILE = 512, CHUNK = 4 }; /* radial weights of a row, and blocks of rows, at a time */
 
 /* One |m| of one radial network. Offsets and distances in memory are in numbers; what has no distance is contiguous. */
 typedef struct {
@@ -25,6 +25,14 @@ typedef struct {
     int64_t rows, group;                      /* rows of hidden, edges that share one */
     int64_t hidden_row, terms, threads;       /* row to row of hidden */
 } Sizes;
+
+/* A block of rows in the backward pass of a term. */
+typedef struct {
+    int64_t valid;                            /* rows that there are */
+    const float *x, *grad, *hidden;
+    float *grad_x, *grad_hidden;
+    float *h, *grad_h, *sum;                  /* hidden and its gradient, (HIDDEN, BLOCK); see `gradient_of_outer` */
+} Block;
 
 #define AT(pointer) (*(vector *)((pointer) + lane))
 #define EACH for (int p = 0, lane = start; p < PARTS; p++, lane += LANES)
@@ -179,8 +187,8 @@ static int64_t tile_length(const Term *s)
     return length < 1 ? 1 : length < s->K ? length : s->K;
 }
 
-/* x[i] (blocks, group, x_rows[i], BLOCK), hidden (rows, hidden_row), matrices; out[i] (blocks, group, out_rows[i], BLOCK)
- * is added to. Returns 0 unless there is no memory. */
+/* x[i] (blocks, group, x_rows[i], BLOCK), hidden (rows, hidden_row), matrices; out[i] (blocks, group, out_rows[i],
+ * BLOCK) is added to. Returns 0 unless there is no memory. */
 int contraction_forward(
     const Sizes *sizes, const Term *terms, const float *const *x, const int64_t *x_rows, const float *hidden,
     const float *matrices, float *const *out, const int64_t *out_rows)
@@ -214,66 +222,80 @@ int contraction_forward(
 
 /* From the gradient of out those of x and hidden, which are added to, and of the matrices. Edges that share radial
  * weights make them again, for all of them; an edge that has its own takes fewer products by the gradient of the outer
- * product of x and hidden. In spare (threads, spare_size: the largest matrix) threads other than the first add up their
- * share of a matrix's gradient, and the last row has `mix` of the matrix. */
+ * product of x and hidden. A thread goes through a matrix once for a chunk of blocks, as matrices do not fit into its
+ * cache. In spare (threads, spare_size: the largest matrix) threads other than the first add up their share of a
+ * matrix's gradient, and the last row has `mix` of the matrix. */
 int contraction_backward(
     const Sizes *sizes, const Term *terms, const float *const *x, const int64_t *x_rows, const float *hidden,
     const float *matrices, const float *const *grad, const int64_t *out_rows, float *const *grad_x, float *grad_hidden,
     float *grad_matrices, float *spare, int64_t spare_size)
 {
-    const int64_t G = sizes->group, rows = sizes->rows;
+    const int64_t G = sizes->group, rows = sizes->rows, blocks = (rows + BLOCK - 1) / BLOCK;
     float *mixed = spare + (sizes->threads - 1) * spare_size;
-    int failed = 0, team = 1;
+    int failed = 0;
 #pragma omp parallel num_threads(sizes->threads)
     for (const Term *t = terms; t < terms + sizes->terms; t++) {
         const int64_t K = t->K, columns = t->P * t->Q, tile = tile_length(t), step = columns * HIDDEN;
         const int64_t x_edge = x_rows[t->x] * BLOCK, out_edge = out_rows[t->out] * BLOCK;
-        float *h = scratch((4 * HIDDEN + t->Q + 2 * tile * columns) * BLOCK), *grad_h = h + HIDDEN * BLOCK;
-        float *outer = grad_h + HIDDEN * BLOCK, *sum = outer + 2 * HIDDEN * BLOCK;
-        float *radial = sum + t->Q * BLOCK, *grad_radial = radial + tile * columns * BLOCK;
-        const int thread = omp_get_thread_num();
+        const int64_t of_block = (2 * HIDDEN + t->Q) * BLOCK;
+        float *buffers = scratch(CHUNK * of_block + 2 * (HIDDEN + tile * columns) * BLOCK);
+        float *outer = buffers + CHUNK * of_block, *radial = outer + 2 * HIDDEN * BLOCK;
+        float *grad_radial = radial + tile * columns * BLOCK;
+        const int thread = omp_get_thread_num(), team = omp_get_num_threads();
+        const int64_t last = buffers ? blocks * (thread + 1) / team : 0;
         const float *matrix = matrices + t->matrix;
         float *grad_matrix = grad_matrices + t->matrix, *own = thread ? spare + (thread - 1) * spare_size : grad_matrix;
         memset(own, 0, K * step * sizeof(float));
-        if (!h) failed = NO_MEMORY;
-#pragma omp single
-        team = omp_get_num_threads();
+        if (!buffers) failed = NO_MEMORY;
+        const int in_three = G == 1 && t->P == 2; /* see `gradient_of_outer` */
 #pragma omp for schedule(static)
-        for (int64_t k = 0; k < (G == 1 && t->P == 2 ? K : 0); k++) mix(t, matrix + k * step, mixed + k * step);
-#pragma omp for schedule(static)
-        for (int64_t row = 0; row < rows; row += BLOCK) {
-            if (!h) continue;
-            const int64_t valid = rows - row < BLOCK ? rows - row : BLOCK, first = row / BLOCK * G;
-            const float *xs = x[t->x] + first * x_edge + t->x_offset * BLOCK;
-            float *grad_xs = grad_x[t->x] + (xs - x[t->x]);
-            const float *grads = grad[t->out] + first * out_edge + t->out_offset * BLOCK;
-            const float *h_rows = hidden + row * sizes->hidden_row + t->hidden;
-            load(h_rows, sizes->hidden_row, valid, HIDDEN, h);
-            memset(grad_h, 0, HIDDEN * BLOCK * sizeof(float));
-            if (G == 1 && t->P == 2)
-                for (int64_t i = 0; i < t->Q * BLOCK; i++) sum[i] = grads[i] + grads[i + t->out_sign * BLOCK];
-            for (int64_t k = 0; k < K; k += tile, xs += tile * BLOCK, grad_xs += tile * BLOCK) {
-                const int64_t ks = K - k < tile ? K - k : tile;
-                if (G == 1) {
-                    for (int64_t i = 0; i < ks; i++) {
-                        gradient_of_outer(t, matrix + (k + i) * step, mixed + (k + i) * step, grads, sum, outer);
-                        gradients_of_factors(t, outer, xs + i * BLOCK, h, grad_xs + i * BLOCK, grad_h);
-                    }
-                    gradient_of_radial(t, ks, xs, grads, grad_radial, 0);
-                } else {
-                    product(BLOCK, ks * columns, HIDDEN, matrix + k * step, HIDDEN, 1, h, BLOCK, radial, 0);
-                    for (int64_t g = 0; g < G; g++) {
-                        apply_to_gradient(t, ks, radial, grads + g * out_edge, grad_xs + g * x_edge);
-                        if (g) gradient_of_radial(t, ks, xs + g * x_edge, grads + g * out_edge, grad_radial, 1);
-                        else gradient_of_radial(t, ks, xs, grads, grad_radial, 0);
-                    }
-                    product(BLOCK, HIDDEN, ks * columns, matrix + k * step, 1, HIDDEN, grad_radial, BLOCK, grad_h, 1);
-                }
-                product(HIDDEN, ks * columns, valid, grad_radial, BLOCK, 1, h_rows, sizes->hidden_row,
-                        own + k * step, 1);
+        for (int64_t k = 0; k < (in_three ? K : 0); k++) mix(t, matrix + k * step, mixed + k * step);
+        for (int64_t start = blocks * thread / team; start < last; start += CHUNK) {
+            const int64_t length = last - start < CHUNK ? last - start : CHUNK;
+            Block chunk[CHUNK];
+            for (int64_t i = 0; i < length; i++) {
+                const int64_t row = (start + i) * BLOCK, edge = (start + i) * G;
+                const int64_t hidden_at = row * sizes->hidden_row + t->hidden;
+                Block *b = chunk + i;
+                b->valid = rows - row < BLOCK ? rows - row : BLOCK;
+                b->hidden = hidden + hidden_at, b->grad_hidden = grad_hidden + hidden_at;
+                b->x = x[t->x] + edge * x_edge + t->x_offset * BLOCK, b->grad_x = grad_x[t->x] + (b->x - x[t->x]);
+                b->grad = grad[t->out] + edge * out_edge + t->out_offset * BLOCK;
+                b->h = buffers + i * of_block, b->grad_h = b->h + HIDDEN * BLOCK, b->sum = b->grad_h + HIDDEN * BLOCK;
+                load(b->hidden, sizes->hidden_row, b->valid, HIDDEN, b->h);
+                memset(b->grad_h, 0, HIDDEN * BLOCK * sizeof(float));
+                const float *minus = b->grad + t->out_sign * BLOCK;
+                for (int64_t j = 0; j < (in_three ? t->Q * BLOCK : 0); j++) b->sum[j] = b->grad[j] + minus[j];
             }
-            store(grad_h, grad_hidden + row * sizes->hidden_row + t->hidden, sizes->hidden_row, valid, HIDDEN, 1);
+            for (int64_t k = 0; k < K; k += tile) {
+                const int64_t ks = K - k < tile ? K - k : tile;
+                const float *part = matrix + k * step, *mixed_part = mixed + k * step;
+                for (const Block *b = chunk; b < chunk + length; b++) {
+                    const float *xs = b->x + k * BLOCK;
+                    float *grad_xs = b->grad_x + k * BLOCK;
+                    if (G == 1) {
+                        for (int64_t i = 0; i < ks; i++) {
+                            gradient_of_outer(t, part + i * step, mixed_part + i * step, b->grad, b->sum, outer);
+                            gradients_of_factors(t, outer, xs + i * BLOCK, b->h, grad_xs + i * BLOCK, b->grad_h);
+                        }
+                        gradient_of_radial(t, ks, xs, b->grad, grad_radial, 0);
+                    } else {
+                        product(BLOCK, ks * columns, HIDDEN, part, HIDDEN, 1, b->h, BLOCK, radial, 0);
+                        for (int64_t g = 0; g < G; g++) {
+                            apply_to_gradient(t, ks, radial, b->grad + g * out_edge, grad_xs + g * x_edge);
+                            if (g) gradient_of_radial(t, ks, xs + g * x_edge, b->grad + g * out_edge, grad_radial, 1);
+                            else gradient_of_radial(t, ks, xs, b->grad, grad_radial, 0);
+                        }
+                        product(BLOCK, HIDDEN, ks * columns, part, 1, HIDDEN, grad_radial, BLOCK, b->grad_h, 1);
+                    }
+                    product(HIDDEN, ks * columns, b->valid, grad_radial, BLOCK, 1, b->hidden, sizes->hidden_row,
+                            own + k * step, 1);
+                }
+            }
+            for (const Block *b = chunk; b < chunk + length; b++)
+                store(b->grad_h, b->grad_hidden, sizes->hidden_row, b->valid, HIDDEN, 1);
         }
+#pragma omp barrier
 #pragma omp for schedule(static)
         for (int64_t i = 0; i < K * step; i++)
             for (int other = 1; other < team; other++) grad_matrix[i] += spare[(other - 1) * spare_size + i];
