@@ -1,6 +1,7 @@
 """Edge frames, Wigner blocks and the couplings in the edge frame, against e3nn."""
 
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from helpers import TOLERANCE, assert_finite, assert_same, random_rotation, rand
 from reference import coupling, harmonics, paths
 from torch.autograd import gradcheck, gradgradcheck
 
+from se3_transformer.model import basis
 from se3_transformer.model.basis import edge_frames, get_basis, wigner_blocks
 
 MAX_DEGREE = 6
@@ -218,3 +220,29 @@ def test_default_dtype_does_not_change_the_numbers():
     plain = get_basis(rel_pos, max_degree=5)
     with default_float64():
         assert_same(get_basis(rel_pos, max_degree=5), plain, 1e-15)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_just_in_time(fails, monkeypatch):
+    """What torch.compile makes is used where that was chosen; if it fails there is one warning, and the same result."""
+    calls = []
+
+    def compile(function, dynamic):
+        def compiled(x):
+            calls.append(dynamic)
+            if fails:
+                raise RuntimeError("no C++ compiler")
+            return function(x)
+
+        return compiled
+
+    monkeypatch.setattr(torch, "compile", compile)
+    monkeypatch.setattr(basis, "_compiled_devices", set())
+    double, x = basis._just_in_time(lambda x: 2 * x), torch.ones(3)
+    assert_same(double(x), 2 * x, 0)
+    assert not calls
+    basis.compile_basis("cpu")
+    with pytest.warns(UserWarning, match=r"not compiled.*no C\+\+ compiler") if fails else nullcontext():
+        assert_same(double(x), 2 * x, 0)
+    assert_same(double(x), 2 * x, 0)
+    assert calls == ([True] if fails else [True, True])

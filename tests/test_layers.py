@@ -246,6 +246,11 @@ def test_norm_of_zero_vectors(fiber, dtype):
     assert_finite(dict(enumerate(grads)), "gradients")
 
 
+def test_norm_of_other_features():
+    with pytest.raises(ValueError, match=r"NormSE3: expected degree 1 as \(6, 2, 3\), got \(6, 3, 3\)"):
+        NormSE3(Fiber({0: 4, 1: 2}))(random_features({0: 4, 1: 3}, 6, torch.float32))
+
+
 def test_norm_nonlinearity_is_used():
     fiber, features = Fiber({0: 4, 1: 4}), random_features({0: 4, 1: 4}, 6, torch.float32)
     assert (NormSE3(fiber, nonlinearity=torch.nn.Softplus())(features)["0"] != 0).all()

@@ -455,6 +455,13 @@ def test_graphs_that_are_not_cached_are_refused(data_dir, split, simulations, fr
         dataset.batch(torch.tensor(simulations), None if frames is None else torch.tensor(frames))
 
 
+@pytest.mark.parametrize("num_targets", [0, 2])
+def test_targets_that_do_not_fall_on_frames(data_dir, num_targets):
+    dataset, _ = open_split(data_dir, "readme", "test")
+    with pytest.raises(ValueError, match=f"a number of targets that divides 5 frames, got {num_targets}"):
+        dataset.batch(torch.tensor([0]), num_targets=num_targets)
+
+
 def test_batches_move(data_dir):
     dataset, _ = open_split(data_dir, "readme", "test")
     batch = dataset.batch(torch.arange(2)).to("meta")
