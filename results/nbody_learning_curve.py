@@ -5,7 +5,8 @@
 
 Trains, with `train_nbody.py --preset egnn`, the SE(3)-Transformer, the same attention without equivariance, and this
 with random rotations of the training simulations, all for the same number of steps. Prints the table, and writes it
-with a plot to results/nbody/learning_curve.json and .png. Further flags go to train_nbody.py as they are.
+to results/nbody/learning_curve.json, with a plot in docs/learning_curve.png. Further flags go to train_nbody.py as they
+are.
 """
 
 import argparse
@@ -35,7 +36,8 @@ def main() -> None:
         "--steps", type=int, default=1500, help="optimiser steps of each training (default %(default)s)"
     )
     parser.add_argument("--data_dir", default="data", help="where the cache is (default %(default)s)")
-    parser.add_argument("--output", default=str(ROOT / "results/nbody/learning_curve"), help="files without ending")
+    parser.add_argument("--output", default=str(ROOT / "results/nbody/learning_curve.json"), help="file of the table")
+    parser.add_argument("--figure", default=str(ROOT / "docs/learning_curve.png"), help="file of the plot")
     arguments, flags = parser.parse_known_args()
     sizes = [int(size) for size in arguments.sizes.split(",")]
     data_dir = Path(arguments.data_dir)
@@ -44,8 +46,8 @@ def main() -> None:
         for way, (name, way_flags) in enumerate(WAYS.items())
     }
     result = {"simulations": sizes, "steps": arguments.steps, "flags": [*NETWORK, *flags], "mse_x": errors}
-    Path(f"{arguments.output}.json").write_text(json.dumps(result, indent=1) + "\n")
-    plot(sizes, errors).savefig(f"{arguments.output}.png", dpi=110)
+    Path(arguments.output).write_text(json.dumps(result, indent=1) + "\n")
+    plot(sizes, errors).savefig(arguments.figure, dpi=110)
     print("\n| MSE x of | " + " | ".join(f"{size:,}" for size in sizes) + " |\n|---|" + "---|" * len(sizes))
     for name, row in errors.items():
         print(f"| {name} | " + " | ".join(f"{error:.4f}" for error in row) + " |")

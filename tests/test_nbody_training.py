@@ -246,7 +246,8 @@ def test_plain_network_trains_and_loads(simulated):
 
 
 def test_learning_curve(simulated):
-    flags = ["--sizes", "8", "--steps", "1", "--output", "curve", *TINY[:-4], "--threads", "1"]
+    files = ["--output", "curve.json", "--figure", "curve.png"]
+    flags = ["--sizes", "8", "--steps", "1", *files, *TINY[:-4], "--threads", "1"]
     process = start(str(ROOT / "results/nbody_learning_curve.py"), *flags, cwd=simulated)
     stdout, stderr = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0, stderr
