@@ -248,8 +248,8 @@ class NBodyTask:
         batch = self.train.batch(examples[:, 0], examples[:, 1], num_targets=self.num_targets)
         if self.augment == "none":
             return batch
-        mirror, opposite = (1 - 2 * examples[:, 6:]).to(batch.charges).unbind(1)  # (B,) ±1
-        matrices = turn_matrices(examples[:, 2:6]).to(batch.positions) * mirror[:, None, None]
+        mirror, opposite = (1 - 2 * examples[:, 6:]).to(batch.charges, non_blocking=True).unbind(1)  # (B,) ±1
+        matrices = turn_matrices(examples[:, 2:6]).to(batch.positions, non_blocking=True) * mirror[:, None, None]
         return replace(
             turn(batch, matrices), charges=batch.charges * opposite.repeat_interleave(batch.num_particles)[:, None]
         )

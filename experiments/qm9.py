@@ -126,10 +126,11 @@ class QM9Task:
     def load(self, examples: Tensor) -> QM9Batch:
         """A batch of molecules whose `targets` are (B,) what the network is to predict."""
         batch = self.dataset.batch(examples[:, 0])
-        batch = replace(batch, targets=self._standardised[examples[:, 0].to(self._standardised.device)])
+        molecules = examples[:, 0].to(self._standardised.device, non_blocking=True)
+        batch = replace(batch, targets=self._standardised[molecules])
         if self.augment == "none":
             return batch
-        return batch.turn(turn_matrices(examples[:, 1:]).to(batch.rotations))
+        return batch.turn(turn_matrices(examples[:, 1:]).to(batch.rotations, non_blocking=True))
 
     def loss(self, model: nn.Module, batch: QM9Batch) -> tuple[Tensor, dict[str, Tensor]]:
         error = (run_network(model, batch, self.max_degree) - batch.targets).abs().mean()

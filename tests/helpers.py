@@ -45,7 +45,7 @@ def assert_same(actual, expected, tolerance=None, what="output"):
         if got.shape != should.shape:
             wrong.append(f"{name}: shape {tuple(got.shape)}, expected {tuple(should.shape)}")
             continue
-        got, should = got.double(), should.double()
+        got, should = got.cpu().double(), should.cpu().double()
         error = (got - should).norm().item() / max(should.norm().item(), floor)
         if not error <= allowed:  # NaN is wrong too
             wrong.append(
@@ -181,6 +181,11 @@ class Sample:
 
     def to(self, dtype):
         return self.map(lambda x: x.to(dtype))
+
+    def on(self, device):
+        """The same sample on a device."""
+        indices = {name: getattr(self, name).to(device) for name in ("src", "dst", "num_nodes", "num_edges")}
+        return replace(self.map(lambda x: x.to(device)), **indices)
 
     def leaves(self):
         """A copy whose positions and features ask for gradients."""
@@ -339,7 +344,7 @@ def gradients(function, sample, parameters=None, seed=0):
     outputs = as_features(function(sample))
     generator = torch.Generator().manual_seed(seed)
     loss = sum(
-        (x * torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x.dtype)).sum()
+        (x * torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x)).sum()
         for _, x in sorted(outputs.items())
     )
     wanted = {**sample.inputs, **{f"param/{name}": p for name, p in dict(parameters or {}).items()}}

@@ -224,7 +224,10 @@ def test_default_dtype_does_not_change_the_numbers():
 
 @pytest.mark.parametrize("fails", [False, True])
 def test_just_in_time(fails, monkeypatch):
-    """What torch.compile makes is used where that was chosen; if it fails there is one warning, and the same result."""
+    """What torch.compile makes is used where that was chosen; if it fails there is one warning, and the same result.
+
+    It is not where gradients flow, which may have to be differentiated once more.
+    """
     calls = []
 
     def compile(function, dynamic):
@@ -242,6 +245,8 @@ def test_just_in_time(fails, monkeypatch):
     assert_same(double(x), 2 * x, 0)
     assert not calls
     basis.compile_basis("cpu")
+    assert double(x.clone().requires_grad_()).requires_grad
+    assert not calls
     with pytest.warns(UserWarning, match=r"not compiled.*no C\+\+ compiler") if fails else nullcontext():
         assert_same(double(x), 2 * x, 0)
     assert_same(double(x), 2 * x, 0)

@@ -14,6 +14,7 @@ import pytest
 import torch
 from scripts import PATIENCE, start
 from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from se3_transformer.runtime.checkpoint import (
     CheckpointError,
@@ -27,6 +28,7 @@ from se3_transformer.runtime.files import run_files
 from se3_transformer.runtime.log import RunLog
 from se3_transformer.runtime.settings import parse_settings
 from se3_transformer.runtime.trainer import (
+    MovingAverage,
     NonFiniteLoss,
     OutOfTime,
     Trainer,
@@ -139,6 +141,20 @@ def test_epochs_that_are_not_validated(tmp_path):
     assert [facts["epoch"] for facts in run.history if "val_mse" in facts] == [2, 4, 5]
     assert [line["step"] for line in lines(tmp_path) if "validation/mse" in line] == [12, 24, 30]
     assert load_checkpoint(tmp_path / "best.pt")["epoch"] == run.best_epoch["epoch"]
+
+
+def test_moving_average():
+    """Weights, buffers and state as torch's own class has them, after each of three updates."""
+    model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3))
+    averages = MovingAverage(model, 0.9), AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9))
+    for _ in range(3):
+        model(torch.randn(8, 4)).sum().backward()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter += torch.randn_like(parameter)
+        for average in averages:
+            average.update_parameters(model)
+        assert_same_state(*(average.state_dict() for average in averages))
 
 
 @pytest.mark.parametrize("accumulate", [2, 3, 8, 20])

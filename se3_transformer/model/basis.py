@@ -42,7 +42,8 @@ def compile_basis(device: str, enabled: bool = True) -> None:
     By default that is done on 'cuda' alone, where it saves launches. On a CPU the basis becomes about four times
     faster, but it is a hundredth of a training step, and compiling takes up to a minute for each dtype. Where
     compiling fails (no C++ compiler, no Triton), the basis is computed without it, after one warning; the numbers are
-    the same up to rounding.
+    the same up to rounding. Where gradients flow to positions it is never compiled, since compiled functions have no
+    second derivatives, which a loss on forces needs.
     """
     (_compiled_devices.add if enabled else _compiled_devices.discard)(device)
 
@@ -54,8 +55,8 @@ def _just_in_time(function: Callable) -> Callable:
     @wraps(function)
     def wrapper(first: Tensor, *args):
         nonlocal compiled
-        device = first.device.type
-        if device not in _compiled_devices or torch.compiler.is_compiling():
+        device, differentiated = first.device.type, torch.is_grad_enabled() and first.requires_grad
+        if device not in _compiled_devices or differentiated or torch.compiler.is_compiling():
             return function(first, *args)
         if compiled is None:
             compiled = torch.compile(function, dynamic=True)

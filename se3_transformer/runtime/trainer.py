@@ -92,6 +92,31 @@ class OutOfTime(Stopped):
     """The time that the run was given is over; its state is saved."""
 
 
+class MovingAverage(AveragedModel):
+    """Exponential moving average of the weights of a model.
+
+    As `AveragedModel`, which however copies its number of updates to the device in each one, and waits for it.
+
+    Args:
+        model: the model, on its device.
+        decay: the share of what was before that an update keeps.
+    """
+
+    def __init__(self, model: nn.Module, decay: float):
+        super().__init__(model)
+        self._average = get_ema_multi_avg_fn(decay)
+
+    def update_parameters(self, model: nn.Module) -> None:
+        if self.n_averaged == 0:
+            super().update_parameters(model)
+            return
+        self._average([*self.module.parameters()], [*model.parameters()], self.n_averaged)
+        with torch.no_grad():
+            for average, buffer in zip(self.module.buffers(), model.buffers(), strict=True):
+                average.copy_(buffer)
+        self.n_averaged += 1
+
+
 class _Parts(Dataset):
     """What `Task.load` makes of some examples, in the worker processes of a `DataLoader`."""
 
@@ -165,8 +190,7 @@ class Trainer:
                 s["final_learning_rate"] / s["learning_rate"],
             ),
         )
-        decay = s["ema_decay"]
-        self.averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay)) if decay else None
+        self.averaged = MovingAverage(model, s["ema_decay"]) if s["ema_decay"] else None
         self.autocast_dtype = PRECISIONS[s["precision"]]
         torch.set_float32_matmul_precision("high" if s["precision"] == "tf32" else "highest")
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=s["precision"] == "float16")

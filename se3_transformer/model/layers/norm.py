@@ -70,7 +70,7 @@ class NormSE3(nn.Module):
             affine = zip(lengths, weight.split(channels), bias.split(channels), strict=True)
             normed = [layer_norm(length, length.shape[1:], *of_degree) for length, *of_degree in affine]
         return [
-            feature * (self.nonlinearity(new) / old).to(feature.dtype).unsqueeze(-1)
+            scaled(feature, self.nonlinearity(new) / old)
             for feature, new, old in zip(features, normed, lengths, strict=True)
         ]
 
@@ -146,8 +146,7 @@ class NormBiasSE3(nn.Module):
         out = {}
         for degree, bias in self.biases.items():
             length = softened_length(features[degree], self.softening)
-            factor = relu(length + bias) / length
-            out[degree] = features[degree] * factor.to(features[degree].dtype).unsqueeze(-1)
+            out[degree] = scaled(features[degree], relu(length + bias) / length)
         return out
 
 
@@ -158,6 +157,14 @@ def softened_length(feature: Tensor, softening: float) -> Tensor:
     """
     feature = feature.to(torch.promote_types(feature.dtype, torch.float32))
     return (feature.square().sum(dim=-1).clamp(min=NormSE3.NORM_CLAMP**2) + softening**2).sqrt()
+
+
+def scaled(feature: Tensor, factor: Tensor) -> Tensor:
+    """(N, C, 2l+1) times (N, C), in the dtype of the feature.
+
+    The factors of features that are zero are too large for half precision, in which 0 times infinity would be NaN.
+    """
+    return (feature * factor.unsqueeze(-1)).to(feature.dtype)
 
 
 def checked_softening(softening: float) -> float:
