@@ -38,7 +38,19 @@ static void load_pieces(
         load_piece(pieces + i, d->M, from[i], first, valid, to);
 }
 
-/* c (R x S, with a distance from row to row) += a (R x length) b (S x length) transposed, length a multiple of LANES */
+/* c (4) += the sums over the lanes of four vectors */
+static inline __attribute__((always_inline)) void add_lanes(const vector v[4], float *c)
+{
+    four sum[4], columns[4];
+    for (int s = 0; s < 4; s++) {
+        sum[s] = (four){0};
+        for (int i = 0; i < LANES / 4; i++) sum[s] += ((const four *)(v + s))[i];
+    }
+    transpose((float *)sum, (float *)(sum + 1), (float *)(sum + 2), (float *)(sum + 3), columns);
+    *(four *)c += columns[0] + columns[1] + columns[2] + columns[3];
+}
+
+/* c (R x S, with a distance from row to row; S is 1 or 4) += a (R x length) b (S x length) transposed, length a multiple of LANES */
 static inline __attribute__((always_inline)) void dots(
     const int R, const int S, int64_t length, const float *a, const float *b, float *c, int64_t c_row)
 {
@@ -46,9 +58,11 @@ static inline __attribute__((always_inline)) void dots(
     for (int64_t i = 0; i < length; i += LANES)
         for (int r = 0; r < R; r++)
             for (int s = 0; s < S; s++) sum[r][s] += *(vector *)(a + r * length + i) * *(vector *)(b + s * length + i);
-    for (int r = 0; r < R; r++)
-        for (int s = 0; s < S; s++)
-            for (int lane = 0; lane < LANES; lane++) c[r * c_row + s] += sum[r][s][lane];
+    for (int r = 0; r < R; r++) {
+        if (S == 4) add_lanes(sum[r], c + r * c_row);
+        else
+            for (int lane = 0; lane < LANES; lane++) c[r * c_row] += sum[r][0][lane];
+    }
 }
 
 /* c (m x n) += a (m x length) b (n x length) transposed */
