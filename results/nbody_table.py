@@ -11,7 +11,9 @@ from pathlib import Path
 from statistics import mean, stdev
 
 NETWORK = ("num_iterations", "num_layers", "num_degrees", "num_channels", "num_heads", "channels_div")
-TRAINING = ("preset", "epochs", "first_start_frame", "num_start_frames", "loss_on_the_way", "augment", "weight_decay")
+TRAINING = ("preset", "epochs", "num_start_frames", "weight_decay")
+# Further settings of the training, and what was done before they could be chosen: older files lack them.
+CHOSEN_LATER = {"first_start_frame": 0, "loss_on_the_way": True, "augment": "none"}
 PUBLISHED = {"SE(3)-Transformer": 0.0244, "EGNN": 0.0071, "SEGNN": 0.0043, "CGENN": 0.0039}  # on 3,000 simulations
 
 
@@ -20,8 +22,8 @@ def main() -> None:
     for path in sorted((Path(__file__).parent / "nbody").glob("*_result.json")):
         result = json.loads(path.read_text())
         settings = result["settings"]
-        training = (settings.get(key) for key in TRAINING)  # older files lack some
-        key = (*training, result["simulations"]["train"], *(settings[key] for key in NETWORK))
+        later = (settings.get(key, before) for key, before in CHOSEN_LATER.items())
+        key = (result["simulations"]["train"], *(settings[key] for key in TRAINING + NETWORK), *later)
         rows.setdefault(key, []).append(result)
     ordered = sorted(rows.values(), key=lambda results: results[0]["simulations"]["train"])
     by_preset = {
