@@ -61,18 +61,15 @@ class NormSE3(nn.Module):
 
     def _normalised(self, weight: Tensor, bias: Tensor, *features: Tensor) -> list[Tensor]:
         """From scale and shift (sum of C,) and the features of every degree."""
-        lengths, channels = [softened_length(feature, self.softening) for feature in features], self.fiber.channels
-        weight, bias = weight.to(lengths[0].dtype), bias.to(lengths[0].dtype)
+        lengths, channels = softened_lengths(features, self.softening), self.fiber.channels
+        weight, bias = weight.to(lengths.dtype), bias.to(lengths.dtype)
         if hasattr(self, "group_norm"):
             # not the one of nn.functional, which refuses one node with one channel
-            normed = torch.group_norm(torch.cat(lengths, dim=-1), len(channels), weight, bias).split(channels, dim=-1)
+            normed = torch.group_norm(lengths, len(channels), weight, bias)
         else:
-            affine = zip(lengths, weight.split(channels), bias.split(channels), strict=True)
-            normed = [layer_norm(length, length.shape[1:], *of_degree) for length, *of_degree in affine]
-        return [
-            scaled(feature, self.nonlinearity(new) / old)
-            for feature, new, old in zip(features, normed, lengths, strict=True)
-        ]
+            parts = zip(*(tensor.split(channels, dim=-1) for tensor in (lengths, weight, bias)), strict=True)
+            normed = torch.cat([layer_norm(length, length.shape[1:], *affine) for length, *affine in parts], dim=-1)
+        return scaled(features, self.nonlinearity(normed) / lengths)
 
 
 class Norm(ctypes.Structure):
@@ -143,28 +140,32 @@ class NormBiasSE3(nn.Module):
         self.biases = nn.ParameterDict({str(degree): nn.Parameter(torch.zeros(c)) for degree, c in fiber})
 
     def forward(self, features: dict[str, Tensor], *args, **kwargs) -> dict[str, Tensor]:
-        out = {}
-        for degree, bias in self.biases.items():
-            length = softened_length(features[degree], self.softening)
-            out[degree] = scaled(features[degree], relu(length + bias) / length)
-        return out
+        inputs = [features[degree] for degree in self.biases.keys()]
+        lengths = softened_lengths(inputs, self.softening)
+        outputs = scaled(inputs, relu(lengths + torch.cat([*self.biases.values()])) / lengths)
+        return dict(zip(self.biases.keys(), outputs, strict=True))
 
 
-def softened_length(feature: Tensor, softening: float) -> Tensor:
-    """(N, C, 2l+1) -> (N, C), at least `NormSE3.NORM_CLAMP`; with finite derivatives everywhere.
+def softened_lengths(features: Sequence[Tensor], softening: float) -> Tensor:
+    """(N, C, 2l+1) of every degree -> (N, sum of C), at least `NormSE3.NORM_CLAMP`; with finite derivatives everywhere.
 
     In at least single precision: squares leave the range of half precision both ways.
     """
-    feature = feature.to(torch.promote_types(feature.dtype, torch.float32))
-    return (feature.square().sum(dim=-1).clamp(min=NormSE3.NORM_CLAMP**2) + softening**2).sqrt()
+    dtype = torch.promote_types(features[0].dtype, torch.float32)
+    squares = torch.cat([feature.to(dtype).square().sum(dim=-1) for feature in features], dim=-1)
+    squares = squares.clamp(min=NormSE3.NORM_CLAMP**2)
+    return (squares + softening**2 if softening else squares).sqrt()
 
 
-def scaled(feature: Tensor, factor: Tensor) -> Tensor:
-    """(N, C, 2l+1) times (N, C), in the dtype of the feature.
+def scaled(features: Sequence[Tensor], factors: Tensor) -> list[Tensor]:
+    """(N, C, 2l+1) of every degree times (N, sum of C), in the dtype of the features.
 
     The factors of features that are zero are too large for half precision, in which 0 times infinity would be NaN.
     """
-    return (feature * factor.unsqueeze(-1)).to(feature.dtype)
+    by_degree = factors.split([feature.shape[1] for feature in features], dim=-1)
+    return [
+        (feature * factor.unsqueeze(-1)).to(feature.dtype) for feature, factor in zip(features, by_degree, strict=True)
+    ]
 
 
 def checked_softening(softening: float) -> float:
