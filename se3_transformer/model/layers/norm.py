@@ -65,11 +65,12 @@ class NormSE3(nn.Module):
         weight, bias = weight.to(lengths.dtype), bias.to(lengths.dtype)
         if hasattr(self, "group_norm"):
             # not the one of nn.functional, which refuses one node with one channel
-            normed = torch.group_norm(lengths, len(channels), weight, bias)
+            new = self.nonlinearity(torch.group_norm(lengths, len(channels), weight, bias))
         else:
             parts = zip(*(tensor.split(channels, dim=-1) for tensor in (lengths, weight, bias)), strict=True)
-            normed = torch.cat([layer_norm(length, length.shape[1:], *affine) for length, *affine in parts], dim=-1)
-        return scaled(features, self.nonlinearity(normed) / lengths)
+            by_degree = [self.nonlinearity(layer_norm(length, length.shape[1:], *affine)) for length, *affine in parts]
+            new = torch.cat(by_degree, dim=-1)
+        return scaled(features, new / lengths)
 
 
 class Norm(ctypes.Structure):

@@ -50,7 +50,8 @@ static inline __attribute__((always_inline)) void add_lanes(const vector v[4], f
     *(four *)c += columns[0] + columns[1] + columns[2] + columns[3];
 }
 
-/* c (R x S, with a distance from row to row; S is 1 or 4) += a (R x length) b (S x length) transposed, length a multiple of LANES */
+/* c (R x S, with a distance from row to row; S is 1 or 4) += a (R x length) b (S x length) transposed, length a multiple
+ * of LANES */
 static inline __attribute__((always_inline)) void dots(
     const int R, const int S, int64_t length, const float *a, const float *b, float *c, int64_t c_row)
 {
