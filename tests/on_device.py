@@ -42,8 +42,6 @@ NBODY = ["--num_layers", "1", "--num_degrees", "2", "--num_channels", "4", "--nu
 NBODY += ["--batch_size", "8", "--warmup_steps", "1", "--threads", "1", "--ema_decay", "0.9"]
 QM9 = [*NBODY, "--balanced", "true"]
 NBODY += ["--num_iterations", "2"]
-
-
 ON_GPU = os.environ.get("SE3_TEST_DEVICE", "cuda" if torch.cuda.is_available() else "pretended") == "cuda"
 
 
@@ -176,11 +174,8 @@ def test_half_precision_of_features_that_are_zero(half, device):
         assert_finite(gradients(in_half_precision(model, half, device), sample, model.named_parameters())[1], norm_type)
 
 
-@pytest.mark.parametrize("compiled", [False, True])
-def test_loss_on_forces(compiled, device, sample, dtype, monkeypatch):
-    """Second derivatives with respect to positions, also where the basis of others is compiled."""
-    if compiled and device.type != "cuda":
-        monkeypatch.setattr("se3_transformer.model.basis._compiled_devices", {device.type})
+def test_loss_on_forces(device, sample, dtype):
+    """Second derivatives with respect to positions."""
     model = network(return_type=0, pooling="sum").to(dtype)
 
     def loss(model, sample):

@@ -9,6 +9,7 @@ import reference
 import torch
 from battery import Battery
 from helpers import assert_equivariant, assert_finite, assert_same, gradients, random_features, random_sample
+from torch import nn
 
 from se3_transformer.model import Fiber, Graph
 from se3_transformer.model.basis import get_basis
@@ -390,3 +391,12 @@ def test_norms_in_half_precision(norm):
     assert found.dtype == whole.dtype == torch.float16
     for result in (found, whole):
         assert_same(result.float(), exact, 2e-3)
+
+
+def test_norm_with_another_nonlinearity():
+    """It sees all degrees together after a group norm, and each alone after layer norms."""
+    for fiber, widths in ((Fiber({0: 3, 1: 3}), [6]), (Fiber({0: 3, 1: 2}), [3, 2])):
+        seen, norm = [], NormSE3(fiber, nn.Identity())
+        norm.nonlinearity.register_forward_hook(lambda module, inputs, output, seen=seen: seen.append(output.shape[1]))
+        norm(random_features(fiber, 4, torch.float32))
+        assert seen == widths
