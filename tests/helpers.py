@@ -115,7 +115,7 @@ def wigner_d(degree, rotation):
 
 def rotate(features, rotation):
     """Each (…, C, 2l+1) of a feature dict through D_l. {} and None stay."""
-    return {l: x @ wigner_d(int(l), rotation).to(x.dtype).T for l, x in features.items()} if features else features
+    return {l: x @ wigner_d(int(l), rotation).to(x).T for l, x in features.items()} if features else features
 
 
 # ------------------------------------------------------------------------------------------------------------ samples
@@ -194,7 +194,7 @@ class Sample:
     def rotated(self, rotation):
         return replace(
             self,
-            pos=self.pos @ rotation.to(self.pos.dtype).T,
+            pos=self.pos @ rotation.to(self.pos).T,
             node_feats=rotate(self.node_feats, rotation),
             edge_feats=rotate(self.edge_feats, rotation),
         )

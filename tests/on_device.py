@@ -11,15 +11,28 @@ import copy
 import importlib
 import os
 import signal
+import subprocess
+import sys
 from contextlib import contextmanager, nullcontext
 
 import pretended_device
 import pytest
 import torch
 from battery import EDGES, NODES, Battery, varied
-from helpers import TOLERANCE, assert_finite, assert_same, batched, degenerate_samples, gradients, random_sample
+from helpers import (
+    TOLERANCE,
+    assert_equivariant,
+    assert_finite,
+    assert_same,
+    batched,
+    degenerate_samples,
+    gradients,
+    random_sample,
+)
 from qm9_molecules import many_molecules, save
-from scripts import run
+from scripts import PATIENCE, ROOT, run
+from test_golden import CASES, Golden, assert_each_same, needs_golden, run_model
+from test_golden import TOLERANCE as GOLDEN_TOLERANCE
 
 from se3_transformer.model import Fiber, SE3Transformer
 from se3_transformer.model.layers.contraction import ORDERS
@@ -36,8 +49,8 @@ BATTERIES = [
     for name, thing in vars(importlib.import_module(module)).items()
     if name.startswith("Test") and issubclass(thing, Battery)
 ]
-HALF = {torch.bfloat16: 0.05, torch.float16: 0.01}  # relative errors of what a network says in half precision
-HALF_GRADIENT = 0.3  # that of gradients, in either: a rounding error may open a ReLU
+REDUCED = {"bfloat16": 0.05, "float16": 0.01, "tf32": 0.01}  # relative errors of what a network says in low precision
+REDUCED_GRADIENT = 0.3  # that of gradients, in any: a rounding error may open a ReLU
 NBODY = ["--num_layers", "1", "--num_degrees", "2", "--num_channels", "4", "--num_heads", "2", "--channels_div", "2"]
 NBODY += ["--batch_size", "8", "--warmup_steps", "1", "--threads", "1", "--ema_decay", "0.9"]
 QM9 = [*NBODY, "--balanced", "true"]
@@ -139,39 +152,72 @@ def test_degenerate_graphs(device, dtype):
         assert_same_there(network().to(dtype), call, sample, device)
 
 
-def in_half_precision(model, dtype, device):
-    """What calls a model on a device under autocast."""
+@needs_golden
+@pytest.mark.parametrize("case", CASES)
+def test_golden_files(case, device, dtype):
+    golden, tolerance = Golden(case), GOLDEN_TOLERANCE[dtype]
+    for found, expected in zip(
+        run_model(golden, dtype, lambda sample: sample.graph, device), (golden.outputs, golden.gradients), strict=True
+    ):
+        assert_each_same(found, expected, tolerance, case)
+
+
+def in_precision(name, model, device):
+    """What calls a model on a device with products in a lower precision."""
+    half = {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(name)
 
     def called(sample):
-        with torch.autocast(device.type, dtype=dtype):
+        with torch.autocast(device.type, dtype=half, enabled=half is not None):
             return {degree: x.float() for degree, x in call(model, sample).items()}
 
     return called
 
 
-@pytest.mark.parametrize("half", HALF, ids=str)
+@pytest.mark.parametrize("reduced", REDUCED)
 @pytest.mark.parametrize("options", [{"tensor_cores": True}, {"low_memory": True}], ids=str)
-def test_half_precision(options, half, device):
+def test_reduced_precision(options, reduced, device):
     """Autocast on a GPU casts other operations than on the CPU; what comes out is close to single precision."""
+    if reduced == "tf32" and device.type == pretended_device.NAME:
+        pytest.skip("the CPU has no products in tf32")
     model = network(use_layer_norm=True, **options)
     sample = random_sample({0: 3, 1: 1}, {0: 2}, nodes=(9,), edges=(60,), dtype=torch.float32)
     expected, expected_grads = gradients(lambda s: call(model, s), sample, model.named_parameters())
     model = model.to(device)
-    actual, grads = gradients(in_half_precision(model, half, device), sample.on(device), model.named_parameters())
-    assert_same(on_cpu(actual), expected, HALF[half], "values")
+    torch.set_float32_matmul_precision("high" if reduced == "tf32" else "highest")
+    actual, grads = gradients(in_precision(reduced, model, device), sample.on(device), model.named_parameters())
+    assert_same(on_cpu(actual), expected, REDUCED[reduced], "values")
     together = [torch.cat([g.flatten() for g in of.values()]) for of in (on_cpu(grads), expected_grads)]
-    assert_same(*together, HALF_GRADIENT, "gradients")
+    assert_same(*together, REDUCED_GRADIENT, "gradients")
 
 
-@pytest.mark.parametrize("half", HALF, ids=str)
+@pytest.mark.parametrize("half", ["bfloat16", "float16"])
 def test_half_precision_of_features_that_are_zero(half, device):
     """Norms divide by their lengths. Nodes without neighbours have such features."""
     sample = random_sample({0: 3, 1: 1}, {0: 2}, nodes=NODES, edges=(1, 0, 2), dtype=torch.float32).on(device)
     for norm_type in ("norm", "bias"):
         model = network(norm_type=norm_type).to(device)
-        assert_finite(in_half_precision(model, half, device)(sample), norm_type)
+        assert_finite(in_precision(half, model, device)(sample), norm_type)
         model = network(norm_type=norm_type, norm_softening=0.1).to(device)
-        assert_finite(gradients(in_half_precision(model, half, device), sample, model.named_parameters())[1], norm_type)
+        assert_finite(gradients(in_precision(half, model, device), sample, model.named_parameters())[1], norm_type)
+
+
+def test_equivariance(device, sample, dtype):
+    model = network().to(device, dtype)
+    assert_equivariant(lambda s: call(model, s), sample.on(device))
+
+
+def test_same_bits(device, monkeypatch):
+    """Twice the same, where PyTorch is told to compute deterministically."""
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    model = network(return_type=0, pooling="max", tensor_cores=True).to(device)
+    sample = random_sample({0: 3, 1: 1}, {0: 2}, nodes=(30, 50), edges=(200, 900), dtype=torch.float32).on(device)
+    torch.use_deterministic_algorithms(True)
+    try:
+        once, again = (gradients(lambda s: call(model, s), sample, model.named_parameters()) for _ in range(2))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert_same(once[0], again[0], 0, "values")
+    assert_same(once[1], again[1], 0, "gradients")
 
 
 def test_loss_on_forces(device, sample, dtype):
@@ -264,3 +310,17 @@ def test_training(which, device, prepared, monkeypatch):
         weights("resumed")
         interrupted_after = 0
         assert_same(weights("resumed"), whole, 1e-4 if device.type == "cuda" else 0, "weights after an interruption")
+
+
+def test_torchrun(device, prepared):
+    """One process that torchrun starts, with NCCL, trains as one that it does not start."""
+    if device.type == pretended_device.NAME:
+        pytest.skip("NCCL needs a GPU; `test_two_processes_equal_one` has torchrun on the CPU")
+    names, flags = ("one_process", "torchrun"), [*RUNS["nbody resumed"][1:], "--device", "cuda", "--epochs", "2"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "1"]
+    for name, python in zip(names, ([sys.executable], launcher), strict=True):
+        command = [*python, str(ROOT / "train_nbody.py"), *flags, "--run_name", name]
+        done = subprocess.run(command, cwd=prepared, capture_output=True, text=True, timeout=PATIENCE)
+        assert done.returncode == 0, done.stderr
+    one, other = (load_checkpoint(prepared / f"data/{name}_last.pt")["model"] for name in names)
+    assert_same(one, other, 1e-4, "weights")

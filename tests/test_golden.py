@@ -29,9 +29,12 @@ CASES = (
     "partial_poolavg_rt1",
     "full_uneven_norm_FIXED",
 )
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
 LAYERS = dict(num_layers=2, num_heads=2, channels_div=2)
 
-pytestmark = pytest.mark.skipif(not GOLDEN.is_dir(), reason=f"no golden files: {GOLDEN} is not there (set SE3_SHARED)")
+pytestmark = needs_golden = pytest.mark.skipif(
+    not GOLDEN.is_dir(), reason=f"no golden files: {GOLDEN} is not there (set SE3_SHARED)"
+)
 
 
 def under(data, prefix):
@@ -108,9 +111,9 @@ def assert_each_same(actual, expected, tolerance, what):
             assert actual[name].norm() < tolerance, f"{what}: {name} should be 0, has norm {actual[name].norm():.1e}"
 
 
-def run_model(golden, dtype, as_graph):
-    """Outputs, intermediate ones among them, and gradients."""
-    model, sample = golden.model().to(dtype), golden.sample.to(dtype).leaves()
+def run_model(golden, dtype, as_graph, device="cpu"):
+    """Outputs, intermediate ones among them, and gradients, on the CPU."""
+    model, sample = golden.model().to(device, dtype), golden.sample.to(dtype).on(device).leaves()
     transformer = model.transformer if golden.config.get("pooled_model") else model
     outputs = {}
     for i, module in enumerate(transformer.graph_modules):
@@ -120,7 +123,8 @@ def run_model(golden, dtype, as_graph):
     result = model(as_graph(sample), sample.node_feats, sample.edge_feats)
     final = result if isinstance(result, dict) else {"tensor": result}
     outputs |= {f"out/{l}": x for l, x in final.items()}
-    return outputs, loss_gradients(final.values(), sample.inputs, dict(model.named_parameters()))
+    gradients = loss_gradients(final.values(), sample.inputs, dict(model.named_parameters()))
+    return ({name: x.cpu() for name, x in found.items()} for found in (outputs, gradients))
 
 
 def to_dgl(sample):
@@ -132,14 +136,14 @@ def to_dgl(sample):
     return graph
 
 
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-9), (torch.float32, 1e-4)], ids=["float64", "float32"])
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("as_graph", [lambda sample: sample.graph, to_dgl], ids=["Graph", "dgl"])
 @pytest.mark.parametrize("case", CASES)
-def test_model(case, as_graph, dtype, tolerance):
+def test_model(case, as_graph, dtype):
     golden = Golden(case)
     outputs, gradients = run_model(golden, dtype, as_graph)
-    assert_each_same(outputs, golden.outputs, tolerance, "outputs")
-    assert_each_same(gradients, golden.gradients, tolerance, "gradients")
+    assert_each_same(outputs, golden.outputs, TOLERANCE[dtype], "outputs")
+    assert_each_same(gradients, golden.gradients, TOLERANCE[dtype], "gradients")
 
 
 @pytest.mark.parametrize("case", CASES)
