@@ -3,6 +3,7 @@
     python -m benchmarks.gpu                                                   # on a GPU, ten minutes at most
     python -m benchmarks.gpu --batch_sizes 240 --precisions bf16 --profile true
     python -m benchmarks.gpu --batch_sizes 240 --implementations ours --compile true
+    python -m benchmarks.gpu --batch_sizes 240 --implementations ours --triton true
     python -m benchmarks.gpu --batch_sizes 4 --num_layers 1 --num_channels 8 --num_heads 2 --molecules 16 --seconds 0.1
 
 Made-up molecules of QM9's sizes, all on the device. A training step makes a batch of random molecules, runs forward and
@@ -14,6 +15,7 @@ that lives in a step above molecules, parameters, gradients and optimiser state.
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -27,6 +29,7 @@ from benchmarks.molecules import qm9_sized_molecules, synthetic_dataset
 from benchmarks.yardstick import dense
 from dataloader.qm9 import QM9Batch, QM9Dataset
 from experiments.qm9 import build_network, run_network
+from se3_transformer.model.layers.contraction import TRITON
 from se3_transformer.runtime.settings import parse_settings, require
 
 SETTINGS = EasyDict(
@@ -44,6 +47,7 @@ SETTINGS = EasyDict(
     channels_div=2,
     tensor_cores=True,  # one radial network for all pairs of degrees, where the fibers allow it
     compile=False,  # torch.compile the network, dynamic in nodes and edges
+    triton=False,  # ours contracts in Triton kernels, where it is not compiled
     profile=False,  # print the kernels that take most time instead of measuring
     seconds=2.0,  # of each measurement
     max_minutes=9.0,  # leave out what does not fit
@@ -61,6 +65,8 @@ ROW = "| {:15} | {:9} | {:9} | {:>10} | {:>12} | {:>9} |"
 def main() -> None:
     settings = parse_settings(SETTINGS, {}, __doc__, check)
     deadline = time.monotonic() + 60 * settings.max_minutes
+    if settings.triton:
+        os.environ[TRITON] = "1"
     name = settings.device if settings.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(name)
     print(f"{header(device)}\n")

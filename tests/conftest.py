@@ -1,5 +1,6 @@
 """Settings of all tests: the checkout is what gets imported, every test starts from the same random state."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -11,6 +12,8 @@ ROOT = Path(__file__).parent.parent
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it when it is imported first; see `test_on_chip.py`
 torch.set_num_threads(1)  # the tensors of the tests are so small that threads only wait for each other
 
 # Properties: quick and the same each time, unless pytest gets --hypothesis-profile=thorough.

@@ -35,6 +35,7 @@ from test_golden import CASES, Golden, assert_each_same, needs_golden, run_model
 from test_golden import TOLERANCE as GOLDEN_TOLERANCE
 
 from se3_transformer.model import Fiber, SE3Transformer
+from se3_transformer.model.layers import contraction
 from se3_transformer.model.layers.contraction import ORDERS
 from se3_transformer.model.layers.convolution import VersatileConvSE3
 from se3_transformer.model.neighbors import knn, radius
@@ -185,6 +186,28 @@ def test_reduced_precision(options, reduced, device):
     model = model.to(device)
     torch.set_float32_matmul_precision("high" if reduced == "tf32" else "highest")
     actual, grads = gradients(in_precision(reduced, model, device), sample.on(device), model.named_parameters())
+    assert_same(on_cpu(actual), expected, REDUCED[reduced], "values")
+    together = [torch.cat([g.flatten() for g in of.values()]) for of in (on_cpu(grads), expected_grads)]
+    assert_same(*together, REDUCED_GRADIENT, "gradients")
+
+
+@pytest.mark.parametrize("reduced", REDUCED)
+def test_triton_kernels(reduced, device, monkeypatch):
+    """The same within the errors of the precision; blocks of edges and outputs that are not whole."""
+    if device.type == pretended_device.NAME:
+        pytest.skip("the kernels need a GPU; `test_on_chip.py` interprets them")
+    torch.manual_seed(0)
+    model = SE3Transformer(2, Fiber({0: 6}), Fiber.create(4, 32), Fiber({0: 32}), 8, 2, tensor_cores=True)
+    sample = random_sample({0: 6}, {}, nodes=(90, 200), edges=(700, 1800), dtype=torch.float32)
+    expected, expected_grads = gradients(lambda s: call(model, s), sample, model.named_parameters())
+    monkeypatch.setenv(contraction.TRITON, "1")
+    contraction.kernels.cache_clear()
+    try:
+        torch.set_float32_matmul_precision("high" if reduced == "tf32" else "highest")
+        call_model = in_precision(reduced, model.to(device), device)
+        actual, grads = gradients(call_model, sample.on(device), model.named_parameters())
+    finally:
+        contraction.kernels.cache_clear()
     assert_same(on_cpu(actual), expected, REDUCED[reduced], "values")
     together = [torch.cat([g.flatten() for g in of.values()]) for of in (on_cpu(grads), expected_grads)]
     assert_same(*together, REDUCED_GRADIENT, "gradients")

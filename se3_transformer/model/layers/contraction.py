@@ -17,7 +17,10 @@ the backward pass makes them again from x and hidden, which are small.
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
+from functools import cache
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -27,6 +30,7 @@ from se3_transformer.model.layers import native
 # Bytes of the intermediate of one chunk of edges, by type of device: a cache's worth on a CPU, enough for one big
 # product on a GPU.
 CHUNK_BYTES = {"cpu": 2 * 2**20, "cuda": 2**28}
+TRITON = "SE3_TRANSFORMER_TRITON"  # environment variable: 1 to contract in `on_chip.py` where that can be done
 
 
 class Contraction(ABC):
@@ -198,9 +202,13 @@ def contract(order: type[Contraction], x: Tensor, hidden: Tensor, weight: Tensor
     """
     device = x.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-    x, hidden, matrix = x.to(dtype), hidden.to(dtype), order.matrix(weight.to(dtype))
     E, S, n_out = *x.shape[:2], weight.shape[1:3].numel()
-    product = _whole if torch.compiler.is_compiling() else _Chunked.apply
+    compiling = torch.compiler.is_compiling()
+    if not compiling and (on_chip := kernels()) and on_chip.fits(x, hidden, dtype):
+        parts = OuterProductFirst.matrix(weight.to(dtype)).unflatten(0, (S, n_out))
+        return on_chip.OnChip.apply(x, hidden, parts)
+    x, hidden, matrix = x.to(dtype), hidden.to(dtype), order.matrix(weight.to(dtype))
+    product = _whole if compiling else _Chunked.apply
     with torch.autocast(device, enabled=False):
         if len(weight) == 2 and order.stacks_features:
             x = torch.cat([x, _quarter_turn(x)], dim=2)
@@ -210,6 +218,20 @@ def contract(order: type[Contraction], x: Tensor, hidden: Tensor, weight: Tensor
             return product(order, x, hidden, matrix, n_out).view(E, S, n_out)
         ax, bx = product(order, x, hidden, matrix, 2 * n_out).view(E, S, 2, n_out).unbind(2)
         return ax + _quarter_turn(bx)
+
+
+@cache
+def kernels() -> ModuleType | None:
+    """`on_chip.py`, if the environment asks for it.
+
+    Raises:
+        ImportError: it does, but there is no Triton.
+    """
+    if os.environ.get(TRITON) != "1":
+        return None
+    from se3_transformer.model.layers import on_chip
+
+    return on_chip
 
 
 def _quarter_turn(x: Tensor) -> Tensor:
