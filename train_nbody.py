@@ -33,6 +33,7 @@ from experiments.nbody import (
     plot_trajectories,
 )
 from se3_transformer.runtime.checkpoint import load_checkpoint
+from se3_transformer.runtime.cuda_graphs import check_cuda_graphs
 from se3_transformer.runtime.distributed import exclusive_run, is_main, process_group
 from se3_transformer.runtime.files import RunFiles, run_files, write_file
 from se3_transformer.runtime.script import run_script
@@ -70,6 +71,7 @@ SETTINGS = EasyDict(
     position_weight=4.0,  # of MSE x in the loss
     velocity_weight=1.0,  # of MSE v in the loss; 0: positions alone are learned, and choose the best epoch
     precision="float32",  # of products: float32, tf32, bfloat16 or float16
+    cuda_graphs=False,  # launch forward and backward pass as one each, recorded for every size of a batch
     validate_every=5,  # epochs between two validations; the last epoch is always validated
     seed=0,  # of weights, order and start frames
     device="auto",  # cpu, cuda, cuda:1, …; auto: cuda where there is any
@@ -121,6 +123,7 @@ def main() -> None:
         if settings.evaluate:
             evaluate_checkpoint(settings, device)
             return
+        check_cuda_graphs(settings, device)
         files = run_files(settings.data_dir, settings.run_name)
         with exclusive_run(files, device):
             train(settings, files, device, deadline)
@@ -140,7 +143,8 @@ def train(settings: EasyDict, files: RunFiles, device: torch.device, deadline: f
     network_settings = {"interval": train.interval} | {key: settings[key] for key in [*shape, "num_radial"]}
     network = NETWORKS[settings.network](**network_settings)
     weights, frames = ["position_weight", "velocity_weight"], ["first_start_frame", "num_start_frames"]
-    task_settings = {key: settings[key] for key in ["batch_size", "seed", *weights, "num_train", *frames, "augment"]}
+    of_batches = ["batch_size", "seed", "num_train", *frames, "augment", "cuda_graphs"]
+    task_settings = {key: settings[key] for key in [*of_batches, *weights]}
     num_targets = settings.num_iterations if settings.loss_on_the_way else 1
     task = NBodyTask(train, validation, **task_settings, num_targets=num_targets)
     without_influence = WITHOUT_INFLUENCE | {"data_dir", "evaluate"}

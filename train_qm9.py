@@ -35,6 +35,7 @@ from experiments.qm9 import (
     predict,
 )
 from se3_transformer.model.layers.pooling import POOLINGS
+from se3_transformer.runtime.cuda_graphs import check_cuda_graphs
 from se3_transformer.runtime.distributed import exclusive_run, is_main, process_group
 from se3_transformer.runtime.files import RunFiles, run_files, write_file
 from se3_transformer.runtime.script import run_script
@@ -74,6 +75,7 @@ SETTINGS = EasyDict(
     ema_decay=0.999,  # of the moving average of weights that is validated and kept; 0: none
     precision="float32",  # of products: float32, tf32, bfloat16 or float16
     compile=False,  # torch.compile the network, for GPUs: on a CPU our own compiled code is faster
+    cuda_graphs=False,  # launch forward and backward pass as one each, recorded for every size of a batch
     validate_every=1,  # epochs between two validations; the last epoch is always validated
     seed=0,  # of weights and order
     device="auto",  # cpu, cuda, cuda:1, …; auto: cuda where there is any
@@ -125,6 +127,7 @@ def main() -> None:
             raise ValueError(
                 "workers load batches on the CPU, but resident true keeps the molecules on the GPU: choose one"
             )
+        check_cuda_graphs(settings, device)
         resident = device if settings.resident else "cpu"
         dataset = QM9Dataset.open(Path(settings.data_dir) / "cache" / settings.name, None, resident, rebuild)
         if settings.evaluate:
@@ -172,9 +175,8 @@ def make_trainer(
     network = build_network(settings)
     if settings.compile:
         network.compile(dynamic=True)
-    task_settings = {
-        key: settings[key] for key in ("batch_size", "seed", "balanced", "num_train", "num_val", "reference", "augment")
-    }
+    of_batches = ["batch_size", "seed", "balanced", "num_train", "num_val", "augment", "cuda_graphs"]
+    task_settings = {key: settings[key] for key in [*of_batches, "reference"]}
     task = QM9Task(dataset, settings.task, split, settings.num_degrees - 1, **task_settings)
     describe = {
         "network": {key: settings[key] for key in NETWORK_SETTINGS},

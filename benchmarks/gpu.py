@@ -3,7 +3,7 @@
     python -m benchmarks.gpu                                                   # on a GPU, ten minutes at most
     python -m benchmarks.gpu --batch_sizes 240 --precisions bf16 --profile true
     python -m benchmarks.gpu --batch_sizes 240 --implementations ours --compile true
-    python -m benchmarks.gpu --batch_sizes 240 --implementations ours --triton true
+    python -m benchmarks.gpu --batch_sizes 240 --implementations ours --triton true --cuda_graphs true
     python -m benchmarks.gpu --batch_sizes 4 --num_layers 1 --num_channels 8 --num_heads 2 --molecules 16 --seconds 0.1
 
 Made-up molecules of QM9's sizes, all on the device. A training step makes a batch of random molecules, runs forward and
@@ -19,6 +19,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from easydict import EasyDict
@@ -30,6 +31,7 @@ from benchmarks.yardstick import dense
 from dataloader.qm9 import QM9Batch, QM9Dataset
 from experiments.qm9 import build_network, run_network
 from se3_transformer.model.layers.contraction import TRITON
+from se3_transformer.runtime.cuda_graphs import Replayed, check_cuda_graphs
 from se3_transformer.runtime.settings import parse_settings, require
 
 SETTINGS = EasyDict(
@@ -48,6 +50,7 @@ SETTINGS = EasyDict(
     tensor_cores=True,  # one radial network for all pairs of degrees, where the fibers allow it
     compile=False,  # torch.compile the network, dynamic in nodes and edges
     triton=False,  # ours contracts in Triton kernels, where it is not compiled
+    cuda_graphs=False,  # forward and backward pass of training are replayed, of batches padded to few shapes
     profile=False,  # print the kernels that take most time instead of measuring
     seconds=2.0,  # of each measurement
     max_minutes=9.0,  # leave out what does not fit
@@ -69,6 +72,7 @@ def main() -> None:
         os.environ[TRITON] = "1"
     name = settings.device if settings.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(name)
+    check_cuda_graphs({"accumulate": 1, "workers": 0, **settings}, device)
     print(f"{header(device)}\n")
     dataset = synthetic_dataset(qm9_sized_molecules(settings.molecules), settings.graph, device)
     if not settings.profile:
@@ -90,6 +94,8 @@ def check(settings: EasyDict) -> None:
         for name in settings[key].split(","):
             if name not in names:
                 raise ValueError(f"{key}: expected some of {', '.join(names)}, got {name!r}")
+    if settings.cuda_graphs and settings.implementations != "ours":
+        raise ValueError(f"cuda_graphs: expected implementations ours, got {settings.implementations}")
     for size in settings.batch_sizes.split(","):
         if not size.isdecimal() or not 1 <= int(size) <= settings.molecules:
             raise ValueError(f"batch_sizes: expected 1 … {settings.molecules}, as many as there are, got {size!r}")
@@ -119,7 +125,11 @@ def measure(
     if settings.compile:
         network.compile(dynamic=True)
     make = training_step if mode == "training" else inference_step
-    step = make(network, implementation, batches(dataset, batch_size), kind, settings.num_degrees - 1)
+    predict = partial(predictions, implementation=implementation, max_degree=settings.num_degrees - 1)
+    made = batches(dataset, batch_size)
+    if settings.cuda_graphs and mode == "training":
+        predict, made = Replayed(predict), (batch.padded() for batch in made)
+    step = make(network, predict, made, kind)
     try:
         if settings.profile:
             print(
@@ -143,20 +153,21 @@ def batches(dataset: QM9Dataset, batch_size: int) -> Iterator[QM9Batch]:
         yield dataset.batch(torch.randperm(len(dataset), generator=generator)[:batch_size])
 
 
-def predictions(network: nn.Module, implementation: str, batch: QM9Batch, max_degree: int) -> torch.Tensor:
+def predictions(network: nn.Module, batch: QM9Batch, implementation: str, max_degree: int) -> torch.Tensor:
     if implementation == "ours":
         return run_network(network, batch, max_degree)
     return network(batch.graph, batch.node_feats, batch.edge_feats)
 
 
-def training_step(network, implementation: str, batches: Iterator[QM9Batch], kind: str, max_degree: int):
+def training_step(network, predict: Callable, batches: Iterator[QM9Batch], kind: str):
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4, fused=True)
+    keep = not isinstance(predict, Replayed)  # gradients, which are not part of the memory that is measured
 
     def step() -> None:
         batch = next(batches)
-        optimizer.zero_grad(set_to_none=False)  # gradients are not part of the memory that is measured
+        optimizer.zero_grad(set_to_none=not keep)
         with precision(kind, batch.targets.device.type):
-            error = predictions(network, implementation, batch, max_degree) - batch.targets[:, 0].float()
+            error = predict(network, batch)[: len(batch.targets)] - batch.targets[:, 0].float()
             error.abs().mean().backward()
         nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         optimizer.step()
@@ -164,14 +175,14 @@ def training_step(network, implementation: str, batches: Iterator[QM9Batch], kin
     return step
 
 
-def inference_step(network, implementation: str, batches: Iterator[QM9Batch], kind: str, max_degree: int):
+def inference_step(network, predict: Callable, batches: Iterator[QM9Batch], kind: str):
     network.eval()
 
     @torch.no_grad()
     def step() -> None:
         batch = next(batches)
         with precision(kind, batch.targets.device.type):
-            predictions(network, implementation, batch, max_degree)
+            predict(network, batch)
 
     return step
 

@@ -85,6 +85,38 @@ class QM9Batch:
         rel_pos = (matrices @ self.graph.rel_pos.unsqueeze(-1)).squeeze(-1)  # (E, 3)
         return replace(self, graph=replace(self.graph, rel_pos=rel_pos), rotations=edge_frames(rel_pos))
 
+    def padded(self) -> QM9Batch:
+        """The batch with one more molecule, made up, so that of batches about as large many have the same shapes.
+
+        Each of its atoms has a loop as edge. There are no `targets` for it.
+        """
+        graph = self.graph
+        assert graph.batch_num_edges is not None and graph.rel_pos is not None
+        nodes = rounded_up(graph.num_nodes + 1) - graph.num_nodes
+        edges = rounded_up(graph.num_edges + nodes) - graph.num_edges
+        ends = graph.num_nodes + torch.arange(edges, device=graph.device) % nodes
+        pole = graph.rel_pos.new_zeros(edges, 3)
+        pole[:, 1] = 1
+        identity = torch.eye(3, dtype=self.rotations.dtype, device=graph.device).expand(edges, 3, 3)
+
+        def extended(tensor: Tensor, number: int) -> Tensor:
+            return torch.cat([tensor, tensor.new_ones(number, *tensor.shape[1:])])
+
+        return replace(
+            self,
+            graph=Graph(
+                src=torch.cat([graph.src, ends]),
+                dst=torch.cat([graph.dst, ends]),
+                rel_pos=torch.cat([graph.rel_pos, pole]),
+                num_nodes=graph.num_nodes + nodes,
+                batch_num_nodes=torch.cat([graph.batch_num_nodes, graph.batch_num_nodes.new_full((1,), nodes)]),
+                batch_num_edges=torch.cat([graph.batch_num_edges, graph.batch_num_edges.new_full((1,), edges)]),
+            ),
+            node_feats={degree: extended(feature, nodes) for degree, feature in self.node_feats.items()},
+            edge_feats={degree: extended(feature, edges) for degree, feature in self.edge_feats.items()},
+            rotations=torch.cat([self.rotations, identity]),
+        )
+
     def pin_memory(self) -> QM9Batch:
         """The same batch in page-locked memory, which a GPU reads without being waited for; on a GPU, itself."""
         if self.rotations.is_cuda:
@@ -105,6 +137,12 @@ class QM9Batch:
             return {key: function(part) for key, part in value.items()} if isinstance(value, dict) else function(value)
 
         return QM9Batch(**{name: apply(value) for name, value in vars(self).items()})
+
+
+def rounded_up(number: int) -> int:
+    """At most a sixteenth more, or 32 if that is more: one of few numbers."""
+    step = max(32, 2 ** (number.bit_length() - 6))
+    return -(-number // step) * step
 
 
 class QM9Dataset:

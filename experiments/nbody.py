@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from experiments.augment import random_turns, turn_matrices
 from se3_transformer.model import Fiber, Graph, SE3Transformer
 from se3_transformer.model.basis import edge_frames, wigner_blocks
 from se3_transformer.runtime.checkpoint import CheckpointError, load_checkpoint
+from se3_transformer.runtime.cuda_graphs import Replayed
 from se3_transformer.runtime.distributed import rank, sum_over_processes, world_size
 
 RADIAL_RANGE = 0.05, 8.0  # distances at which the first and the last radial function peak
@@ -195,6 +197,7 @@ class NBodyTask:
             or as many as the network has iterations.
         augment: "none"; "rotations": every example is turned at random, which changes nothing for an equivariant
             network; "symmetries": besides, at random, it is mirrored, and all charges change their sign.
+        cuda_graphs: replay forward and backward pass, see `Replayed`.
     """
 
     def __init__(
@@ -210,7 +213,9 @@ class NBodyTask:
         num_start_frames: int,
         num_targets: int,
         augment: str,
+        cuda_graphs: bool = False,
     ):
+        self._replayed = Replayed(lambda network, batch: network(batch)) if cuda_graphs else None
         self.train, self.validation = train, validation
         self.batch_size, self.seed, self.augment = batch_size, seed, augment
         self.position_weight, self.velocity_weight = position_weight, velocity_weight
@@ -255,7 +260,8 @@ class NBodyTask:
         )
 
     def loss(self, model: nn.Module, batch: NBodyBatch) -> tuple[Tensor, dict[str, Tensor]]:
-        errors = squared_errors(model, batch)  # (2, K)
+        paths = model if self._replayed is None else partial(self._replayed, model)
+        errors = squared_errors(paths, batch)  # (2, K)
         error_x, error_v = errors.mean(dim=1)
         loss = self.position_weight * error_x + self.velocity_weight * error_v
         return loss, {name: errors[i, -1] for i, name in enumerate(learned_errors(self.velocity_weight))}
@@ -280,7 +286,7 @@ def learned_errors(velocity_weight: float) -> tuple[str, ...]:
     return ("mse_x", "mse_v") if velocity_weight else ("mse_x",)
 
 
-def squared_errors(model: nn.Module, batch: NBodyBatch) -> Tensor:
+def squared_errors(model: Callable[[NBodyBatch], tuple[Tensor, Tensor]], batch: NBodyBatch) -> Tensor:
     """Mean squared errors per coordinate, of positions and of velocities, after each iteration: (2, K).
 
     A batch with one target is compared with the end of the path.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from dataloader.qm9 import (
 from experiments.augment import random_turns, turn_matrices
 from se3_transformer.model import Fiber, SE3TransformerPooled
 from se3_transformer.runtime.checkpoint import CheckpointError, load_checkpoint
+from se3_transformer.runtime.cuda_graphs import Replayed
 from se3_transformer.runtime.distributed import gather_shares, is_main, rank, world_size
 
 NETWORK_SETTINGS = (
@@ -77,6 +79,7 @@ class QM9Task:
         reference: see `fit_reference`.
         augment: "none"; "rotations": every molecule is turned at random, which changes nothing for an equivariant
             network.
+        cuda_graphs: replay forward and backward pass, see `Replayed`; batches are `QM9Batch.padded` for that.
     """
 
     def __init__(
@@ -92,6 +95,7 @@ class QM9Task:
         num_val: int,
         reference: str,
         augment: str,
+        cuda_graphs: bool = False,
     ):
         for name, value in (("train", num_train), ("val", num_val)):
             if value > len(split[name]):
@@ -99,6 +103,8 @@ class QM9Task:
         self.dataset, self.target, self.max_degree = dataset, TARGETS[task], max_degree
         self._mae = f"mae [{self.target.shown_unit}]"  # name of the error where it is logged
         self.batch_size, self.seed, self.balanced, self.augment = batch_size, seed, balanced, augment
+        self._padded, predictions = cuda_graphs, partial(run_network, max_degree=max_degree)
+        self._predictions = Replayed(predictions) if cuda_graphs else predictions
         self.train, self.validation = split["train"][: num_train or None], split["val"][: num_val or None]
         self.column = list(TARGETS).index(task)
         self.reference = fit_reference(dataset, task, self.train, reference)
@@ -128,12 +134,12 @@ class QM9Task:
         batch = self.dataset.batch(examples[:, 0])
         molecules = examples[:, 0].to(self._standardised.device, non_blocking=True)
         batch = replace(batch, targets=self._standardised[molecules])
-        if self.augment == "none":
-            return batch
-        return batch.turn(turn_matrices(examples[:, 1:]).to(batch.rotations, non_blocking=True))
+        if self.augment == "rotations":
+            batch = batch.turn(turn_matrices(examples[:, 1:]).to(batch.rotations, non_blocking=True))
+        return batch.padded() if self._padded else batch
 
     def loss(self, model: nn.Module, batch: QM9Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        error = (run_network(model, batch, self.max_degree) - batch.targets).abs().mean()
+        error = (self._predictions(model, batch)[: len(batch.targets)] - batch.targets).abs().mean()
         return error, {self._mae: error * self.std * self.target.factor}
 
     def validate(self, model: nn.Module) -> dict[str, float]:

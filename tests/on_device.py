@@ -296,6 +296,9 @@ RUNS = {
     "nbody resumed": ("train_nbody.py", "--preset", "egnn", *NBODY),
     "nbody in bf16": ("train_nbody.py", "--preset", "egnn", *NBODY, "--num_iterations", "1", "--precision", "bfloat16"),
     "qm9 resumed": ("train_qm9.py", *QM9, "--augment", "rotations", "--reference", "fit"),
+    "nbody in graphs, resumed": ("train_nbody.py", "--preset", "egnn", *NBODY, "--cuda_graphs", "true"),
+    "qm9 in graphs, resumed": ("train_qm9.py", *QM9, "--augment", "rotations", "--cuda_graphs", "true"),
+    "qm9 in graphs and bf16": ("train_qm9.py", *QM9, "--precision", "bfloat16", "--cuda_graphs", "true"),
     "qm9 in fp16": ("train_qm9.py", *QM9, "--precision", "float16", "--resident", "false", "--accumulate", "2"),
 }
 
@@ -304,7 +307,7 @@ RUNS = {
 def test_training(which, device, prepared, monkeypatch):
     """A run ends where it ends on the CPU, in single precision, and where one ends that was interrupted.
 
-    No step waits for the device, but for what is done once: constants of the model, the first average.
+    No step waits for the device, but for what is done once: constants of the model, the first average, CUDA graphs.
     """
     steps, step = 0, Trainer._step
 
@@ -319,7 +322,8 @@ def test_training(which, device, prepared, monkeypatch):
     def weights(kind, on="cuda"):
         nonlocal steps
         steps, name = 0, f"{which}_{device.type}_{kind}".replace(" ", "_")
-        done = run(*RUNS[which], "--device", on, "--epochs", "2", "--run_name", name, cwd=prepared)
+        graphs = ["--cuda_graphs", "false"] if on == "cpu" else []
+        done = run(*RUNS[which], *graphs, "--device", on, "--epochs", "2", "--run_name", name, cwd=prepared)
         assert ("the same command goes on" in done.stderr) if interrupted_after else not done.returncode, done.stderr
         return load_checkpoint(prepared / f"data/{name}_last.pt")["model"]
 
@@ -333,6 +337,16 @@ def test_training(which, device, prepared, monkeypatch):
         weights("resumed")
         interrupted_after = 0
         assert_same(weights("resumed"), whole, 1e-4 if device.type == "cuda" else 0, "weights after an interruption")
+
+
+def test_benchmark(device, prepared):
+    """Training steps of `benchmarks.gpu` in CUDA graphs."""
+    flags = "--batch_sizes 3 --implementations ours --precisions bf16 --molecules 16 --num_layers 1 --num_channels 8"
+    flags += f" --num_heads 2 --seconds 0.1 --cuda_graphs true --device {device}"
+    done = run("benchmarks/gpu.py", *flags.split(), cwd=prepared)
+    assert done.returncode == 0, done.stderr
+    rates = [float(line.split("|")[5]) for line in done.stdout.splitlines() if line.startswith("| ours")]
+    assert len(rates) == 2 and min(rates) > 0
 
 
 def test_torchrun(device, prepared):

@@ -1,7 +1,8 @@
 """A device that is no CPU, for machines without a GPU: its tensors are CPU tensors in disguise.
 
-As a GPU does, it refuses operations on tensors that are partly elsewhere, casts under autocast by CUDA's rules, and can
-say where a program would have to wait for it. What it cannot show is whether kernels of a GPU compute the same.
+As a GPU does, it refuses operations on tensors that are partly elsewhere, casts under autocast by CUDA's rules, can say
+where a program would have to wait for it, and records what is computed to do it again, as CUDA graphs do. What it
+cannot show is whether kernels of a GPU compute the same.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 from torch.utils import backend_registration
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
 NAME = "pretended"
 
@@ -43,6 +44,7 @@ LAYOUT = {
 }
 
 _refuses_to_wait = False
+_record: list[tuple] | None = None  # operations as they come, with arguments and results
 
 
 class Pretended(torch.Tensor):
@@ -87,9 +89,58 @@ def set_up(monkeypatch: pytest.MonkeyPatch) -> torch.device:
     """The device, which PyTorch knows from then on in this process; skips the test where that cannot be done."""
     for name in ("tensor", "as_tensor"):  # they move what they have made out of reach of devices in Python
         monkeypatch.setattr(torch, name, _made_on_cpu(getattr(torch, name)))
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", make_graphed_callables)
     if not hasattr(torch, NAME):
         _register()
     return torch.device(NAME, 0)
+
+
+def make_graphed_callables(module, sample_args, allow_unused_input, pool):
+    """As that of torch.cuda: the same operations again, on tensors in the same places."""
+    assert not torch.is_autocast_cache_enabled() or not torch.is_autocast_enabled(NAME)
+    parameters = [*module.parameters()]
+    module(*sample_args)  # what is done once
+    with _recorded() as forward:
+        outputs, spec = tree_flatten(module(*sample_args))
+    given = [torch.empty_like(x) for x in outputs]
+    with _recorded() as backward:
+        found = torch.autograd.grad(outputs, parameters, given, allow_unused=allow_unused_input)
+
+    class Replay(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, *inputs):
+            for place, x in zip(sample_args, inputs):
+                place.copy_(x)
+            _compute_again(forward)
+            return tuple(x.detach() for x in outputs)
+
+        @staticmethod
+        def backward(ctx, *grads):
+            for place, x in zip(given, grads, strict=True):
+                place.copy_(x)
+            _compute_again(backward)
+            return *[None] * len(sample_args), *(None if g is None else g.detach() for g in found)
+
+    return lambda *tensors: tree_unflatten(Replay.apply(*tensors, *parameters), spec)
+
+
+@contextmanager
+def _recorded():
+    global _record
+    _record = record = []
+    try:
+        with no_waiting():
+            yield record
+    finally:
+        _record = None
+
+
+def _compute_again(record: list[tuple]) -> None:
+    for func, args, kwargs, result in record:
+        for place, x in zip(tree_leaves(result), tree_leaves(func(*args, **kwargs)), strict=True):
+            if isinstance(x, torch.Tensor) and x.untyped_storage().data_ptr() != place.untyped_storage().data_ptr():
+                place.copy_(x)
 
 
 def _register() -> None:
@@ -138,6 +189,8 @@ def _compute(func, *args, **kwargs):
     if "device" in kwargs:
         kwargs |= {"device": "cpu", "pin_memory": False}
     result = func(*args, **kwargs)
+    if _record is not None and "empty" not in name:  # which makes no numbers, and may be enlarged afterwards
+        _record.append((func, args, kwargs, result))
     if target != NAME or (name == "copy_" and id(args[0]) not in disguised):
         return result
     return tree_map_only(torch.Tensor, lambda x: disguised.get(id(x)) if id(x) in disguised else Pretended(x), result)

@@ -93,6 +93,7 @@ def test_gpu_stops_in_time(tmp_path):
         ("step", ("--parts", "nbdy"), "parts: expected some of convolution, .*, got 'nbdy'"),
         ("step", ("--rounds", "0"), "rounds must be at least 1, got 0"),
         ("gpu", ("--precisions", "fp8"), "precisions: expected some of float32, tf32, bf16, got 'fp8'"),
+        ("gpu", ("--cuda_graphs", "true"), "cuda_graphs: expected implementations ours, got ours,yardstick"),
         ("gpu", ("--batch_sizes", "9999"), "batch_sizes: expected 1 … 3200, as many as there are, got '9999'"),
     ],
 )

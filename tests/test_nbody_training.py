@@ -99,6 +99,7 @@ def test_interrupted_run_ends_with_the_same_bits(simulated):
             "frames that leave room for the target, got 40 and 5",
         ),
         (["--augment", "rotations"], "augment must be none where there are walls, which do not turn, got 'rotations'"),
+        (["--cuda_graphs", "true"], "cuda_graphs needs a GPU, got the CPU"),
         (["--network", "planar"], "network must be one of equivariant, plain, got 'planar'"),
         (["--position_weight", "0", "--velocity_weight", "0"], "position_weight or velocity_weight must be positive"),
         (["--preset", "paper", "--name", "nbody"], "delta_frames"),

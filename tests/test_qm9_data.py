@@ -18,7 +18,7 @@ from scripts import KILL_AT, ROOT
 
 import preprocess_qm9
 from dataloader.cache import CacheError, open_cache
-from dataloader.qm9 import QM9Dataset, graph_arrays, length_balanced_batches, split_molecules
+from dataloader.qm9 import QM9Dataset, graph_arrays, length_balanced_batches, rounded_up, split_molecules
 from dataloader.qm9_layout import GRAPHS, TARGETS, cache_settings, check_molecules, load_molecules, offsets
 from se3_transformer.model import Fiber, SE3Transformer
 from se3_transformer.model.basis import edge_frames, get_basis
@@ -258,6 +258,42 @@ def test_batches_go_into_the_model(dataset):
         )
     torch.testing.assert_close(together, torch.stack(alone).reshape(together.shape))
     assert len(together.unique(dim=0)) == 8, "the same for different molecules"
+
+
+def test_padded_batches(dataset):
+    """Few shapes, and one more molecule without influence on the others, whose atoms all have an edge."""
+    model = SE3Transformer(
+        fiber_in=Fiber({0: 6}), fiber_hidden=Fiber.create(2, 4), fiber_out=Fiber({0: 4}), fiber_edge=Fiber({0: 4}),
+        num_layers=1, num_heads=1, channels_div=2, return_type=0, pooling="max",
+    )  # fmt: skip
+
+    def predictions(batch):
+        return model(batch.graph, batch.node_feats, batch.edge_feats, basis=batch.basis(1))
+
+    shapes = set()
+    for size in (1, 2, 3, 12):
+        batch = dataset.batch(torch.arange(size))
+        padded = batch.padded()
+        graph, number = padded.graph, batch.graph.num_nodes
+        shapes.add((graph.num_nodes, graph.num_edges))
+        assert graph.dst[batch.graph.num_edges :].unique().tolist() == [*range(number, graph.num_nodes)]
+        assert padded.targets is batch.targets
+        values = predictions(padded)
+        torch.testing.assert_close(values[:-1], predictions(batch).reshape(size, -1))
+        found = torch.autograd.grad(values[:-1].sum(), list(model.parameters()), allow_unused=True)
+        expected = torch.autograd.grad(predictions(batch).sum(), list(model.parameters()), allow_unused=True)
+        for gradient, other in zip(found, expected, strict=True):
+            assert (gradient is None) == (other is None)
+            if gradient is not None:
+                torch.testing.assert_close(gradient, other, rtol=1e-4, atol=1e-5)
+    assert len(shapes) < 4
+
+
+def test_sizes_of_padded_batches():
+    for number in (1, 31, 33, 1000, 4321, 77_777):
+        larger = rounded_up(number)
+        assert number <= larger <= max(number * 17 / 16, number + 31) and rounded_up(larger) == larger
+    assert len({rounded_up(number) for number in range(8700, 9100)}) == 3
 
 
 def test_dgl_gives_the_same_item(tmp_path, molecules, dataset, graph):

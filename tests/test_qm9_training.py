@@ -205,6 +205,7 @@ def test_time_limit_stops_and_goes_on(prepared):
         (["--reference", "atoms"], "reference atoms is for U0, U, H and G, which have atomisation energies"),
         (["--reference", "fit", "--num_train", "3"], "training molecules has"),
         (["--augment", "symmetries"], "augment must be one of none, rotations, got 'symmetries'"),
+        (["--cuda_graphs", "true"], "cuda_graphs needs a GPU, got the CPU"),
         (["--accumulate", "0"], "accumulate must be at least 1"),
         (["--split_seed", "4294967296"], "split_seed must be in 0 … 2^32 - 1, got 4294967296"),
         (["--precision", "half"], "precision must be one of"),

@@ -23,6 +23,7 @@ from se3_transformer.runtime.checkpoint import (
     previous_path,
     save_checkpoint,
 )
+from se3_transformer.runtime.cuda_graphs import check_cuda_graphs, put_together, take_apart
 from se3_transformer.runtime.distributed import exclusive_run, gather_shares, process_group
 from se3_transformer.runtime.files import run_files
 from se3_transformer.runtime.log import RunLog
@@ -290,6 +291,7 @@ def test_kill_during_validation(tmp_path, save_every, step):
 
 HOLDER = """
 import sys, time, torch
+from se3_transformer.runtime.cuda_graphs import check_cuda_graphs, put_together, take_apart
 from se3_transformer.runtime.distributed import exclusive_run
 from se3_transformer.runtime.files import run_files
 with exclusive_run(run_files("data", sys.argv[1], "logs"), torch.device("cpu")):
@@ -314,6 +316,7 @@ def test_a_run_is_held_by_one_process_until_it_is_killed(tmp_path, monkeypatch, 
 
 
 RANKS = """
+from se3_transformer.runtime.cuda_graphs import check_cuda_graphs, put_together, take_apart
 from se3_transformer.runtime.distributed import exclusive_run, process_group
 from se3_transformer.runtime.files import run_files
 with process_group("cpu") as device, exclusive_run(run_files("data", "name", "logs"), device):
@@ -594,3 +597,49 @@ def test_help_shows_what_presets_change(capsys):
             {"preset": "small", "width": 1}, {"small": {}, "large": {"width": 10}}, "", lambda s: None, ["--help"]
         )
     assert "(default 1, large: 10)" in capsys.readouterr().out
+
+
+@dataclass
+class NestedBatch:
+    features: dict[str, torch.Tensor]
+    toy: ToyBatch
+    size: int
+    weights: torch.Tensor | None = None
+
+
+def test_batches_come_apart_and_together():
+    """For CUDA graphs, which `on_device.py` tests; layouts of batches with the same shapes are equal."""
+    x, y, z = torch.arange(3), torch.ones(2, 4), torch.zeros(2)
+    tensors, layout = take_apart(NestedBatch({"0": x}, ToyBatch(y, z), 5))
+    assert [id(tensor) for tensor in tensors] == [id(x), id(y), id(z)]
+    together = put_together(layout, iter([z, x, y]))
+    assert together.features["0"] is z and together.toy.x is x and together.toy.y is y
+    assert together.size == 5 and together.weights is None
+    same, *others = (
+        take_apart(batch)[1]
+        for batch in (
+            NestedBatch({"0": y}, ToyBatch(x, x), 5),
+            NestedBatch({"0": x}, ToyBatch(y, z), 6),
+            NestedBatch({"1": x}, ToyBatch(y, z), 5),
+            NestedBatch({"0": x}, ToyBatch(y, z), 5, weights=z),
+        )
+    )
+    assert same == layout and hash(same) == hash(layout)
+    assert layout not in others
+
+
+@pytest.mark.parametrize(
+    "device, settings, message",
+    [
+        ("cpu", {}, "cuda_graphs needs a GPU, got the CPU"),
+        ("cuda", {"accumulate": 2}, "expected 1 accumulate, got 2"),
+        ("cuda", {"workers": 2}, "expected 0 workers, got 2"),
+        ("cuda", {}, "expected 1 processes, got 3"),
+    ],
+)
+def test_where_there_are_no_cuda_graphs(device, settings, message, monkeypatch):
+    monkeypatch.setattr("se3_transformer.runtime.cuda_graphs.world_size", lambda: 3 if "processes" in message else 1)
+    settings = {"cuda_graphs": True, "accumulate": 1, "workers": 0, **settings}
+    with pytest.raises(ValueError, match=message):
+        check_cuda_graphs(settings, torch.device(device))
+    check_cuda_graphs(settings | {"cuda_graphs": False}, torch.device(device))
