@@ -29,7 +29,20 @@ enum { VECTOR = 16, ROWS = 4, WIDTH = 16 };
 enum { LANES = VECTOR / 4, PARTS = WIDTH / LANES };
 typedef float vector __attribute__((vector_size(VECTOR), aligned(4), may_alias));
 
-/* c (count x WIDTH) (+)= a (count x n) b (n x WIDTH), count a constant; distances between rows and columns. */
+/* sum (count x WIDTH) += a (count x n) b (n x WIDTH), count a constant; distances between rows and columns. */
+static inline __attribute__((always_inline)) void accumulate(
+    const int count, int64_t n, const float *a, int64_t a_row, int64_t a_column, const float *b, int64_t b_row,
+    vector sum[][PARTS])
+{
+    for (int64_t i = 0; i < n; i++, a += a_column, b += b_row) {
+        vector right[PARTS];
+        for (int p = 0; p < PARTS; p++) right[p] = *(vector *)(b + p * LANES);
+        for (int r = 0; r < count; r++)
+            for (int p = 0; p < PARTS; p++) sum[r][p] += a[r * a_row] * right[p];
+    }
+}
+
+/* c (count x WIDTH) (+)= a (count x n) b (n x WIDTH) */
 static inline __attribute__((always_inline)) void panel(
     const int count, int64_t n, const float *a, int64_t a_row, int64_t a_column, const float *b, int64_t b_row,
     float *c, int64_t c_row, int add)
@@ -37,11 +50,14 @@ static inline __attribute__((always_inline)) void panel(
     vector sum[ROWS][PARTS];
     for (int r = 0; r < count; r++)
         for (int p = 0; p < PARTS; p++) sum[r][p] = (vector){0};
-    for (int64_t i = 0; i < n; i++, a += a_column, b += b_row) {
-        vector right[PARTS];
-        for (int p = 0; p < PARTS; p++) right[p] = *(vector *)(b + p * LANES);
-        for (int r = 0; r < count; r++)
-            for (int p = 0; p < PARTS; p++) sum[r][p] += a[r * a_row] * right[p];
+    if (add) { /* unrolled, which helps here, and not below */
+#pragma GCC unroll 4
+        for (int64_t i = 0; i < n; i++, a += a_column, b += b_row)
+            accumulate(count, 1, a, a_row, a_column, b, b_row, sum);
+    } else {
+        for (int r = 2 * count; r < 3 * count; r++) /* the panel after the next, of a matrix too large for the cache */
+            for (int64_t i = 0; a_column == 1 && i < n; i += 16) __builtin_prefetch(a + r * a_row + i);
+        accumulate(count, n, a, a_row, a_column, b, b_row, sum);
     }
     for (int r = 0; r < count; r++)
         for (int p = 0; p < PARTS; p++) {

@@ -31,7 +31,7 @@ typedef struct {
     int64_t valid;                            /* rows that there are */
     const float *x, *grad, *hidden;
     float *grad_x, *grad_hidden;
-    float *h, *grad_h, *sum;                  /* hidden and its gradient, (HIDDEN, BLOCK); see `gradient_of_outer` */
+    float *h, *grad_h, *sum;                  /* hidden, its gradient (HIDDEN, BLOCK); grad[+] + grad[-] (Q, BLOCK) */
 } Block;
 
 #define AT(pointer) (*(vector *)((pointer) + lane))
@@ -121,7 +121,7 @@ static inline __attribute__((always_inline)) void gradient_of_radial(
         }
 }
 
-/* For m > 0 and one k: mixed (2, Q, HIDDEN) = -A - B and B - A, of the matrix (A, B), for `gradient_of_outer`. */
+/* For m > 0 and one k: mixed (2, Q, HIDDEN) = -A - B and B - A, of the matrix (A, B), for `gradients_of_factors`. */
 static void mix(const Term *s, const float *matrix, float *mixed)
 {
     const int64_t size = s->Q * HIDDEN;
@@ -131,52 +131,52 @@ static void mix(const Term *s, const float *matrix, float *mixed)
     }
 }
 
-/* For one k, outer (P, HIDDEN, BLOCK) = the gradient of the outer product of x and the hidden layer, from grad (P, Q,
- * BLOCK) and for m > 0 the sum of its two parts. With the transposed matrices A (and B) it is A grad, or
+/* For one k, the gradient of the outer product of x and the hidden layer, of some hidden units at a time, and from it
+ * those of its factors, which are added to grad_x (P, BLOCK) and grad_h (HIDDEN, BLOCK). With the transposed matrices A
+ * (and B) it is, of grad (P, Q, BLOCK), A grad, or
  *
  *     outer[+] = A grad[+] + B grad[-] = A (grad[+] + grad[-]) + (B - A) grad[-]
- *     outer[-] = A grad[-] - B grad[+] = A (grad[+] + grad[-]) - (A + B) grad[+],       three products for four. */
-static void gradient_of_outer(
-    const Term *s, const float *matrix, const float *mixed, const float *grad, const float *sum, float *outer)
+ *     outer[-] = A grad[-] - B grad[+] = A (grad[+] + grad[-]) - (A + B) grad[+],       three products for four.
+ *
+ * `shared` is grad, or the sum of its two parts. */
+static inline __attribute__((always_inline)) void gradients_of_factors(
+    const int P, const Term *s, const float *matrix, const float *mixed, const float *grad, const float *shared,
+    const float *x, const float *h, float *grad_x, float *grad_h)
 {
-    const int64_t Q = s->Q;
-    product(BLOCK, HIDDEN, Q, matrix, 1, HIDDEN, s->P == 1 ? grad : sum, BLOCK, outer, 0);
-    if (s->P == 1) return;
-    float *minus = outer + HIDDEN * BLOCK;
-    memcpy(minus, outer, HIDDEN * BLOCK * sizeof(float));
-    product(BLOCK, HIDDEN, Q, mixed + Q * HIDDEN, 1, HIDDEN, grad + s->out_sign * BLOCK, BLOCK, outer, 1);
-    product(BLOCK, HIDDEN, Q, mixed, 1, HIDDEN, grad, BLOCK, minus, 1);
-}
-
-/* From this gradient those of its factors: grad_x (P, BLOCK) of one k and grad_h (HIDDEN, BLOCK) are added to. */
-static void gradients_of_factors(
-    const Term *s, const float *outer, const float *x, const float *h, float *grad_x, float *grad_h)
-{
-    const int64_t minus = HIDDEN * BLOCK, minus_x = s->x_sign * BLOCK;
+    enum { UNITS = ROWS / 2 }; /* so that the accumulators of both parts are as many as those of `panel` */
+    const int count = P == 1 ? ROWS : UNITS;
+    const int64_t Q = s->Q, minus_x = s->x_sign * BLOCK;
     for (int start = 0; start < BLOCK; start += WIDTH) {
-        const float *o = outer, *hi = h;
-        float *to = grad_h;
-        vector plus[PARTS], minus_sum[PARTS], x_plus[PARTS], x_minus[PARTS];
-        EACH plus[p] = minus_sum[p] = (vector){0};
+        vector x_plus[PARTS], x_minus[PARTS], of_plus[PARTS], of_minus[PARTS];
+        EACH of_plus[p] = of_minus[p] = (vector){0};
         EACH x_plus[p] = AT(x);
-        if (s->P == 1) {
-            for (int i = 0; i < HIDDEN; i++, o += BLOCK, hi += BLOCK, to += BLOCK)
-                EACH {
-                    plus[p] += AT(o) * AT(hi);
-                    AT(to) += AT(o) * x_plus[p];
+        if (P == 2) EACH x_minus[p] = AT(x + minus_x);
+        for (int unit = 0; unit < HIDDEN; unit += count) {
+            vector plus[ROWS][PARTS], minus[UNITS][PARTS];
+            for (int r = 0; r < count; r++) EACH plus[r][p] = (vector){0};
+            accumulate(count, Q, matrix + unit, 1, HIDDEN, shared + start, BLOCK, plus);
+            if (P == 2) {
+                const float *a = mixed + Q * HIDDEN + unit, *b = mixed + unit, *g = grad + start;
+                for (int r = 0; r < count; r++) EACH minus[r][p] = plus[r][p];
+#pragma GCC unroll 2
+                for (int64_t q = 0; q < Q; q++, a += HIDDEN, b += HIDDEN, g += BLOCK) {
+                    accumulate(count, 1, a, 1, HIDDEN, g + s->out_sign * BLOCK, BLOCK, plus);
+                    accumulate(count, 1, b, 1, HIDDEN, g, BLOCK, minus);
                 }
-            EACH AT(grad_x) += plus[p];
-            continue;
-        }
-        EACH x_minus[p] = AT(x + minus_x);
-        for (int i = 0; i < HIDDEN; i++, o += BLOCK, hi += BLOCK, to += BLOCK)
-            EACH {
-                plus[p] += AT(o) * AT(hi);
-                minus_sum[p] += AT(o + minus) * AT(hi);
-                AT(to) += AT(o) * x_plus[p] + AT(o + minus) * x_minus[p];
             }
-        EACH AT(grad_x) += plus[p];
-        EACH AT(grad_x + minus_x) += minus_sum[p];
+            const float *hi = h + unit * BLOCK;
+            float *to = grad_h + unit * BLOCK;
+            for (int r = 0; r < count; r++, hi += BLOCK, to += BLOCK)
+                EACH {
+                    of_plus[p] += plus[r][p] * AT(hi);
+                    AT(to) += plus[r][p] * x_plus[p];
+                    if (P == 1) continue;
+                    of_minus[p] += minus[r][p] * AT(hi);
+                    AT(to) += minus[r][p] * x_minus[p];
+                }
+        }
+        EACH AT(grad_x) += of_plus[p];
+        if (P == 2) EACH AT(grad_x + minus_x) += of_minus[p];
     }
 }
 
@@ -238,16 +238,15 @@ int contraction_backward(
         const int64_t K = t->K, columns = t->P * t->Q, tile = tile_length(t), step = columns * HIDDEN;
         const int64_t x_edge = x_rows[t->x] * BLOCK, out_edge = out_rows[t->out] * BLOCK;
         const int64_t of_block = (2 * HIDDEN + t->Q) * BLOCK;
-        float *buffers = scratch(CHUNK * of_block + 2 * (HIDDEN + tile * columns) * BLOCK);
-        float *outer = buffers + CHUNK * of_block, *radial = outer + 2 * HIDDEN * BLOCK;
-        float *grad_radial = radial + tile * columns * BLOCK;
+        float *buffers = scratch(CHUNK * of_block + 2 * tile * columns * BLOCK);
+        float *radial = buffers + CHUNK * of_block, *grad_radial = radial + tile * columns * BLOCK;
         const int thread = omp_get_thread_num(), team = omp_get_num_threads();
         const int64_t last = buffers ? blocks * (thread + 1) / team : 0;
         const float *matrix = matrices + t->matrix;
         float *grad_matrix = grad_matrices + t->matrix, *own = thread ? spare + (thread - 1) * spare_size : grad_matrix;
         memset(own, 0, K * step * sizeof(float));
         if (!buffers) failed = NO_MEMORY;
-        const int in_three = G == 1 && t->P == 2; /* see `gradient_of_outer` */
+        const int in_three = G == 1 && t->P == 2; /* see `gradients_of_factors` */
 #pragma omp for schedule(static)
         for (int64_t k = 0; k < (in_three ? K : 0); k++) mix(t, matrix + k * step, mixed + k * step);
         for (int64_t start = blocks * thread / team; start < last; start += CHUNK) {
@@ -275,8 +274,10 @@ int contraction_backward(
                     float *grad_xs = b->grad_x + k * BLOCK;
                     if (G == 1) {
                         for (int64_t i = 0; i < ks; i++) {
-                            gradient_of_outer(t, part + i * step, mixed_part + i * step, b->grad, b->sum, outer);
-                            gradients_of_factors(t, outer, xs + i * BLOCK, b->h, grad_xs + i * BLOCK, b->grad_h);
+                            const float *a = part + i * step, *c = mixed_part + i * step, *xi = xs + i * BLOCK;
+                            float *to = grad_xs + i * BLOCK;
+                            if (t->P == 1) gradients_of_factors(1, t, a, c, b->grad, b->grad, xi, b->h, to, b->grad_h);
+                            else gradients_of_factors(2, t, a, c, b->grad, b->sum, xi, b->h, to, b->grad_h);
                         }
                         gradient_of_radial(t, ks, xs, b->grad, grad_radial, 0);
                     } else {
