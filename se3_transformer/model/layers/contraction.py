@@ -200,8 +200,7 @@ def contract(order: type[Contraction], x: Tensor, hidden: Tensor, weight: Tensor
     Returns:
         (E, S, N_out) with N_out = outs · C_out, in the dtype of autocast if that is on.
     """
-    device = x.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    device, dtype = x.device.type, dtype_of_products(x)
     E, S, n_out = *x.shape[:2], weight.shape[1:3].numel()
     compiling = torch.compiler.is_compiling()
     if not compiling and (on_chip := kernels()) and on_chip.fits(x, hidden, dtype):
@@ -232,6 +231,12 @@ def kernels() -> ModuleType | None:
     from se3_transformer.model.layers import on_chip
 
     return on_chip
+
+
+def dtype_of_products(x: Tensor) -> torch.dtype:
+    """That of autocast if it is on, else that of x."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 def _quarter_turn(x: Tensor) -> Tensor:

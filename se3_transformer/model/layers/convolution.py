@@ -27,7 +27,13 @@ from se3_transformer.model.basis import ZERO_LENGTH, ForwardBasis, constant, fra
 from se3_transformer.model.fiber import Fiber, degree_to_dim
 from se3_transformer.model.graph import Graph, as_graph
 from se3_transformer.model.layers import native
-from se3_transformer.model.layers.contraction import ORDERS, Contraction, RadialWeightsFirst, contract
+from se3_transformer.model.layers.contraction import (
+    ORDERS,
+    Contraction,
+    RadialWeightsFirst,
+    contract,
+    dtype_of_products,
+)
 from se3_transformer.model.layers.linear import mix_degrees
 from se3_transformer.model.layers.native_convolution import Groups, Matrices, Messages, Plan, RadialNetwork, Source
 from se3_transformer.model.layers.radial import RadialProfile, hidden_layers
@@ -90,7 +96,8 @@ class VersatileConvSE3(nn.Module):
         P = 1 for m = 0 (a_0) and 2 for m > 0 (a_m, b_m); outs and ins count the degrees >= m.
         """
         weight = self.radial_func.last_weight  # (C_out, C_in, F, H)
-        mixture = frame_mixture(self.degrees_in, self.degrees_out, self.unit_scalar_kernel, weight.dtype, weight.device)
+        settings = self.degrees_in, self.degrees_out, self.unit_scalar_kernel
+        mixture = frame_mixture(*settings, dtype_of_products(weight), weight.device)
         mixed = mixture @ weight  # (C_out, C_in, F, H)
         counts = []  # (parts, outs, ins) of every order
         for order in range(min(max(self.degrees_in), max(self.degrees_out)) + 1):
@@ -507,7 +514,7 @@ class ConvSE3(nn.Module):
                     inputs.update({((d,), order): part for d, part in zip(at_least, by_degree.unbind(2), strict=True)})
 
         z: dict[tuple, Tensor] = {}  # (degrees, m) -> (E, S, N_out)
-        queue = iter(weights)
+        queue, hidden = iter(weights), hidden.to(dtype_of_products(x[0]))
         for rectangle, h in zip(self._rectangles, hidden.unbind(1), strict=True):
             contraction = RadialWeightsFirst if hidden.shape[0] < x[0].shape[0] else rectangle.order
             for order in range(min(max(rectangle.degrees_in), max(rectangle.degrees_out)) + 1):
