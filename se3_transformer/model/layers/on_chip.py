@@ -172,11 +172,12 @@ class OnChip(torch.autograd.Function):
         out = matrix.new_empty(E, P, Q)
         if out.numel():
             outs = _outs(Q)
-            forward_kernel[triton.cdiv(E, EDGES), triton.cdiv(Q, outs)](
-                *(x, hidden, matrix, out, E, K, Q, x.stride(0), x.stride(1), hidden.stride(0)),
-                *(H, P, EDGES, outs),
-                num_warps=WARPS,
-            )
+            with torch.cuda.device_of(x):
+                forward_kernel[triton.cdiv(E, EDGES), triton.cdiv(Q, outs)](
+                    *(x, hidden, matrix, out, E, K, Q, x.stride(0), x.stride(1), hidden.stride(0)),
+                    *(H, P, EDGES, outs),
+                    num_warps=WARPS,
+                )
         return out
 
     @staticmethod
@@ -192,17 +193,18 @@ class OnChip(torch.autograd.Function):
         blocks, parts, turns = triton.cdiv(Q, outs), triton.cdiv(K, FEATURES_IN_TURN), triton.cdiv(E, EDGES_IN_TURN)
         grad_x = x.new_empty(blocks, E, P, K, dtype=x.dtype if blocks == 1 else torch.float32)
         grad_hidden = x.new_empty(blocks * parts, E, H, dtype=torch.float32)
-        factors_kernel[triton.cdiv(E, EDGES), parts, blocks](
-            *(x, hidden, matrix, grad, grad_x, grad_hidden, *sizes, FEATURES_IN_TURN),
-            *(H, P, EDGES, outs),
-            num_warps=WARPS,
-        )
         grad_matrix = x.new_empty(turns, *matrix.shape, dtype=torch.float32)
-        matrix_kernel[triton.cdiv(K, FEATURES[P]), blocks, turns](
-            *(x, hidden, grad, grad_matrix, *sizes, EDGES_IN_TURN),
-            *(H, P, EDGES, outs, FEATURES[P]),
-            num_warps=WARPS,
-        )
+        with torch.cuda.device_of(x):
+            factors_kernel[triton.cdiv(E, EDGES), parts, blocks](
+                *(x, hidden, matrix, grad, grad_x, grad_hidden, *sizes, FEATURES_IN_TURN),
+                *(H, P, EDGES, outs),
+                num_warps=WARPS,
+            )
+            matrix_kernel[triton.cdiv(K, FEATURES[P]), blocks, turns](
+                *(x, hidden, grad, grad_matrix, *sizes, EDGES_IN_TURN),
+                *(H, P, EDGES, outs, FEATURES[P]),
+                num_warps=WARPS,
+            )
         shares = ((grad_x, x), (grad_hidden, hidden), (grad_matrix, matrix))
         return tuple((share[0] if len(share) == 1 else share.sum(0)).to(of.dtype) for share, of in shares)
 
