@@ -88,11 +88,12 @@ class QM9Batch:
     def padded(self) -> QM9Batch:
         """The batch with one more molecule, made up, so that of batches about as large many have the same shapes.
 
-        Each of its atoms has a loop as edge. There are no `targets` for it.
+        It has 16 atoms or more, so that the loops that are its edges are spread, one or more for each. There are no
+        `targets` for it.
         """
         graph = self.graph
         assert graph.batch_num_edges is not None and graph.rel_pos is not None
-        nodes = rounded_up(graph.num_nodes + 1) - graph.num_nodes
+        nodes = rounded_up(graph.num_nodes + 16) - graph.num_nodes
         edges = rounded_up(graph.num_edges + nodes) - graph.num_edges
         ends = graph.num_nodes + torch.arange(edges, device=graph.device) % nodes
         pole = graph.rel_pos.new_zeros(edges, 3)

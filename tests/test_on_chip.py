@@ -70,10 +70,12 @@ def test_values_and_gradients(P, sizes, dtype, on_chip):
     assert_same(dict(zip(names, actual)), dict(zip(names, expected)), PRECISION[dtype])
 
 
-def test_second_derivatives(on_chip):
+@pytest.mark.parametrize("contiguous", [True, False])
+def test_second_derivatives(contiguous, on_chip):
     def found(function, dtype):
         inputs = [x.to(dtype).requires_grad_() for x in random_inputs(5, 2, 2, 3, 16, torch.float32)]
-        (of_x,) = torch.autograd.grad(function(*inputs).square().sum(), inputs[:1], create_graph=True)
+        own = inputs if contiguous else [x.mT.contiguous().mT for x in inputs]
+        (of_x,) = torch.autograd.grad(function(*own).square().sum(), inputs[:1], create_graph=True)
         return dict(zip("xhm", torch.autograd.grad(of_x.square().sum(), inputs)))
 
     assert_same(found(on_chip.OnChip.apply, torch.float32), found(on_chip.plain, torch.float64), 1e-5)
@@ -117,6 +119,7 @@ def test_not_taken(on_chip):
     assert not on_chip.fits(x, hidden, torch.float64)
     assert not on_chip.fits(x, hidden[::2], torch.float32)
     assert not on_chip.fits(x, hidden[:, :20], torch.float32)
+    assert not on_chip.fits(x, hidden.repeat(1, 2), torch.float32)
     torch.set_float32_matmul_precision("highest")
     assert not on_chip.fits(x, hidden, torch.float32) and on_chip.fits(x, hidden, torch.bfloat16)
     torch.set_float32_matmul_precision("high")

@@ -4,15 +4,18 @@ import importlib
 import json
 import math
 import os
+import platform
 import re
 import signal
+import subprocess
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
-from scripts import PATIENCE, start
+from scripts import PATIENCE, ROOT, start
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -643,3 +646,36 @@ def test_where_there_are_no_cuda_graphs(device, settings, message, monkeypatch):
     with pytest.raises(ValueError, match=message):
         check_cuda_graphs(settings, torch.device(device))
     check_cuda_graphs(settings | {"cuda_graphs": False}, torch.device(device))
+
+
+FREED = """
+import ctypes, os, resource, sys
+from se3_transformer.runtime.script import keep_freed_memory
+
+assert keep_freed_memory() == (sys.argv[1] == "kept")
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for size in (2**24, 2**23, 2**24):
+        block = libc.malloc(size)
+        ctypes.memset(block, 1, size)
+        libc.free(block)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+faults()
+print(faults())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C library is not glibc")
+def test_freed_memory_is_kept():
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_"))}
+    faults = {}
+    for kind, more in (("kept", {}), ("as told", {"MALLOC_MMAP_THRESHOLD_": "65536"})):
+        command = [sys.executable, "-c", FREED, kind]
+        done = subprocess.run(command, cwd=ROOT, env=environment | more, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        faults[kind] = int(done.stdout)
+    assert faults["kept"] < 100 < 5000 < faults["as told"]

@@ -45,23 +45,25 @@ class Replayed:
     def _record(self, network: nn.Module, layout: Any, tensors: list[Tensor]) -> Callable:
         if self._pool is None:  # of memory, for all sizes, as no two of them are computed at a time
             self._pool = torch.cuda.graph_pool_handle()
-        module, device = _OfTensors(network, self._function, layout), tensors[0].device.type
-        dtype, enabled = torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
-        with torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=False):
-            return torch.cuda.make_graphed_callables(
-                module, tuple(tensor.clone() for tensor in tensors), allow_unused_input=True, pool=self._pool
-            )
+        samples = tuple(tensor.clone() for tensor in tensors)
+        module = _OfTensors(network, self._function, layout, samples[0].device.type)
+        # The passes are as without recording: autocast, with casts that are not kept from one call to the next, is for
+        # the forward pass alone.
+        with torch.cuda.device_of(samples[0]), torch.autocast(module.device, enabled=False):
+            return torch.cuda.make_graphed_callables(module, samples, allow_unused_input=True, pool=self._pool)
 
 
 class _OfTensors(nn.Module):
-    """A function of a network and a batch as a module with the tensors of the batch as arguments."""
+    """A function of a network and a batch, under autocast as it is now, as a module with the tensors as arguments."""
 
-    def __init__(self, network: nn.Module, function: Callable, layout: Any):
+    def __init__(self, network: nn.Module, function: Callable, layout: Any, device: str):
         super().__init__()
-        self.network, self.function, self.layout = network, function, layout
+        self.network, self.function, self.layout, self.device = network, function, layout, device
+        self.dtype, self.enabled = torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
 
     def forward(self, *tensors: Tensor) -> Any:
-        return self.function(self.network, put_together(self.layout, iter(tensors)))
+        with torch.autocast(self.device, dtype=self.dtype, enabled=self.enabled, cache_enabled=False):
+            return self.function(self.network, put_together(self.layout, iter(tensors)))
 
 
 def take_apart(value: Any) -> tuple[list[Tensor], Any]:

@@ -244,18 +244,22 @@ class Trainer:
         barrier()  # others must not read the best weights before they are written
 
     def benchmark(self, steps: int) -> float:
-        """Examples per second over some training steps after a warm-up, all processes together; nothing is saved."""
+        """Examples per second over some training steps after a warm-up, all processes together; nothing is saved.
+
+        Where CUDA graphs are recorded, the warm-up is the same steps, so that all of them are.
+        """
         self.model.train()
         epoch = self.task.batches(0)
-        batches = [epoch[i % len(epoch)] for i in range(WARMUP_OF_BENCHMARK + steps)]
+        warmup = steps if self.settings.get("cuda_graphs") else WARMUP_OF_BENCHMARK
+        batches = [epoch[i % len(epoch)] for i in (*range(warmup), *range(steps))]
         progress = tqdm(zip(batches, self._steps(batches)), total=len(batches), desc="benchmark", **_bar_options())
         for index, (_, parts) in enumerate(progress):
-            if index == WARMUP_OF_BENCHMARK:
+            if index == warmup:
                 self._synchronize()
                 began = time.perf_counter()
             self._step(index, parts)
         self._synchronize()
-        return sum(len(batch) for batch in batches[WARMUP_OF_BENCHMARK:]) / (time.perf_counter() - began)
+        return sum(len(batch) for batch in batches[warmup:]) / (time.perf_counter() - began)
 
     def _train_epoch(self, interrupted: Event) -> None:
         """One epoch, or what is left of it."""

@@ -156,8 +156,7 @@ def fits(x: Tensor, hidden: Tensor, dtype: torch.dtype) -> bool:
         (x.is_cuda or INTERPRETED)
         and (half or (dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"))
         and len(hidden) == len(x)
-        and H >= 16
-        and H & (H - 1) == 0
+        and H in (16, 32)  # more would take too much of the memory on the chip
     )
 
 
@@ -166,8 +165,8 @@ class OnChip(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, hidden: Tensor, matrix: Tensor) -> Tensor:
-        x, hidden, matrix = _rows(x), _rows(hidden), native.plain(matrix)
         ctx.save_for_backward(x, hidden, matrix)
+        x, hidden, matrix = _rows(x), _rows(hidden), native.plain(matrix)
         (E, P, K), Q, H = x.shape, matrix.shape[1], hidden.shape[1]
         out = matrix.new_empty(E, P, Q)
         if out.numel():
@@ -185,6 +184,7 @@ class OnChip(torch.autograd.Function):
         x, hidden, matrix = ctx.saved_tensors
         if torch.is_grad_enabled():  # for second derivatives
             return tuple(native.differentiable_gradients(plain, (x, hidden, matrix), ctx.needs_input_grad, grad))
+        x, hidden, matrix = _rows(x), _rows(hidden), native.plain(matrix)
         (E, P, K), Q, H = x.shape, matrix.shape[1], hidden.shape[1]
         if not grad.numel():
             return torch.zeros_like(x), torch.zeros_like(hidden), torch.zeros_like(matrix)
