@@ -18,7 +18,7 @@ TENSOR = object()  # stands for a tensor in what `take_apart` returns
 
 
 class Replayed:
-    """A function of a network and a batch whose passes are replayed; for training, and for one network.
+    """A function of a network and a batch whose passes are replayed; for training, one network and one autocast.
 
     For every layout of a batch, that is shapes and all that is not a tensor, it is computed some times, recorded, and
     from then on replayed with the numbers of other batches. So these must not decide which operations there are. What
