@@ -16,7 +16,7 @@ from scripts import PATIENCE, ROOT
 from se3_transformer.model import Fiber, SE3Transformer
 from se3_transformer.model.layers import contraction, native
 
-pytest.importorskip("triton", reason="Triton is not installed")
+triton = pytest.importorskip("triton", reason="Triton is not installed")
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU on_device.py runs the kernels themselves")
 PRECISION = {torch.float32: 1e-6, torch.float16: 1e-3}  # of the matrix, and relative errors
 
@@ -91,8 +91,8 @@ def test_network(options, half, on_chip, monkeypatch):
     model = varied(SE3Transformer(1, *fibers, **options))
     sample = random_sample({0: 3, 1: 1}, {0: 2}, nodes=(4, 3, 2), edges=(7, 5, 3), dtype=torch.float32)
     samples = [sample, batched(degenerate_samples({0: 3, 1: 1}, {0: 2}, torch.float32).values())]
-    calls, forward = [], on_chip.forward_kernel.run
-    monkeypatch.setattr(on_chip.forward_kernel, "run", lambda *a, **k: (calls.append(1), forward(*a, **k)))
+    calls, fits = [], on_chip.fits
+    monkeypatch.setattr(on_chip, "fits", lambda *arguments: calls.append(fits(*arguments)) or calls[-1])
 
     def call(sample):
         with torch.autocast("cpu", dtype=torch.float16, enabled=half):
@@ -101,7 +101,7 @@ def test_network(options, half, on_chip, monkeypatch):
     for sample in samples:
         with native.switched_off():
             actual, grads = gradients(call, sample, model.named_parameters())
-        assert calls
+        assert calls and all(calls)
         with monkeypatch.context() as patch:
             patch.setattr(contraction, "kernels", lambda: None)
             calls.clear()
@@ -146,6 +146,7 @@ for capability, kind in ((80, "fp32"), (90, "bf16")):
 """
 
 
+@pytest.mark.skipif(not hasattr(triton, "set_allocator"), reason="this Triton is asked in another way, before 3.3")
 def test_kernels_compile_for_gpus(tmp_path):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path)
