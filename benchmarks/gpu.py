@@ -10,7 +10,8 @@ Made-up molecules of QM9's sizes, all on the device. A training step makes a bat
 backward, clips gradients and takes a step of AdamW; inference makes a batch and runs forward. Ours takes the cached
 edge frames as in training, the yardstick makes its bases from positions (one small product, faster than reading them).
 Molecules per millisecond are the median over blocks of steps, each between two synchronisations. Memory is the most
-that lives in a step above molecules, parameters, gradients and optimiser state.
+that lives in a step above molecules, parameters, gradients and optimiser state. With --cuda_graphs, training goes
+through the same few batches again and again, after they have been recorded, and memory is not measured.
 """
 
 from __future__ import annotations
@@ -130,10 +131,11 @@ def measure(
         network.compile(dynamic=True)
     make = training_step if mode == "training" else inference_step
     predict = partial(predictions, implementation=implementation, max_degree=settings.num_degrees - 1)
-    made, recorded = batches(dataset, batch_size), settings.cuda_graphs and mode == "training"
+    chosen, recorded = random_molecules(dataset, batch_size), settings.cuda_graphs and mode == "training"
+    batches = map(dataset.batch, cycle(islice(chosen, RECORDED_BATCHES)) if recorded else chosen)
     if recorded:
-        predict, made = Replayed(predict), cycle([batch.padded() for batch in islice(made, RECORDED_BATCHES)])
-    step = make(network, predict, made, kind)
+        predict, batches = Replayed(predict), (batch.padded() for batch in batches)
+    step = make(network, predict, batches, kind)
     try:
         for _ in range(RECORDED_BATCHES if recorded else 0):
             step()
@@ -153,11 +155,11 @@ def measure(
         torch.cuda.empty_cache()
 
 
-def batches(dataset: QM9Dataset, batch_size: int) -> Iterator[QM9Batch]:
-    """Batches of random molecules, without end."""
+def random_molecules(dataset: QM9Dataset, batch_size: int) -> Iterator[torch.Tensor]:
+    """The molecules (B,) of batches, without end."""
     generator = torch.Generator().manual_seed(0)
     while True:
-        yield dataset.batch(torch.randperm(len(dataset), generator=generator)[:batch_size])
+        yield torch.randperm(len(dataset), generator=generator)[:batch_size]
 
 
 def predictions(network: nn.Module, batch: QM9Batch, implementation: str, max_degree: int) -> torch.Tensor:
@@ -168,11 +170,11 @@ def predictions(network: nn.Module, batch: QM9Batch, implementation: str, max_de
 
 def training_step(network, predict: Callable, batches: Iterator[QM9Batch], kind: str):
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4, fused=True)
-    keep = not isinstance(predict, Replayed)  # gradients, which are not part of the memory that is measured
+    renewed = isinstance(predict, Replayed)  # gradients, which else are kept: no part of the memory that is measured
 
     def step() -> None:
         batch = next(batches)
-        optimizer.zero_grad(set_to_none=not keep)
+        optimizer.zero_grad(set_to_none=renewed)
         with precision(kind, batch.targets.device.type):
             error = predict(network, batch)[: len(batch.targets)] - batch.targets[:, 0].float()
             error.abs().mean().backward()

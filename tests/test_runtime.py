@@ -294,7 +294,6 @@ def test_kill_during_validation(tmp_path, save_every, step):
 
 HOLDER = """
 import sys, time, torch
-from se3_transformer.runtime.cuda_graphs import check_cuda_graphs, put_together, take_apart
 from se3_transformer.runtime.distributed import exclusive_run
 from se3_transformer.runtime.files import run_files
 with exclusive_run(run_files("data", sys.argv[1], "logs"), torch.device("cpu")):
@@ -319,7 +318,6 @@ def test_a_run_is_held_by_one_process_until_it_is_killed(tmp_path, monkeypatch, 
 
 
 RANKS = """
-from se3_transformer.runtime.cuda_graphs import check_cuda_graphs, put_together, take_apart
 from se3_transformer.runtime.distributed import exclusive_run, process_group
 from se3_transformer.runtime.files import run_files
 with process_group("cpu") as device, exclusive_run(run_files("data", "name", "logs"), device):
