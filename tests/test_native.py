@@ -326,14 +326,86 @@ def test_what_it_is_not_for():
 
 @needs_compiler
 def test_autocast():
+    """Compiled layers give single precision, so that no features are converted from one to the next."""
     case = CASES["per output"]
     conv, sample = build(case).float(), build_sample(case).to(torch.float32)
     exact = call(conv, sample)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         found = call(conv, sample)
-    assert {x.dtype for x in found.values()} == {torch.bfloat16}
-    for degree, feature in found.items():
-        assert_same(feature.float(), exact[degree], 0.05, f"degree {degree}")
+    assert_same(found, exact, 0.05, "values")
+    assert {x.dtype for x in call(conv.bfloat16(), sample.to(torch.bfloat16)).values()} == {torch.bfloat16}
+
+
+needs_tiles = pytest.mark.skipif(
+    native.library() is None or not native.has_tiles(), reason="this processor has no tiles (AMX), or no C compiler"
+)
+PARTS = {1: 0.02, 2: 1e-4, 3: TOLERANCE}  # bf16 numbers of which each is made: tolerance
+
+
+@needs_tiles
+@pytest.mark.parametrize("parts", PARTS)
+@pytest.mark.parametrize("share", [1, 2])
+@pytest.mark.parametrize(
+    "fiber_in, fiber_out, rows",
+    [
+        (Fiber({0: 3, 1: 32, 2: 5}), Fiber({0: 64, 1: 32, 2: 20}), 70),  # one term of them not made of panels
+        (Fiber.create(3, 7), Fiber.create(3, 32), 33),
+        (Fiber.create(2, 5), Fiber.create(2, 32), 700),  # more blocks than go through a matrix at a time
+        (Fiber.create(1, 1), Fiber.create(1, 32), 1),
+        (Fiber.create(2, 4), Fiber.create(2, 32), 0),
+    ],
+)
+def test_products_of_tiles(fiber_in, fiber_out, rows, share, parts, monkeypatch):
+    torch.manual_seed(0)
+    max_degree = max(*fiber_in.degrees, *fiber_out.degrees)
+    conv, src = varied(ConvSE3(fiber_in, fiber_out, max_degree=max_degree, pool=False)), torch.arange(rows * share) % 5
+    leaves = {f"nodes {degree}": torch.randn(5, c, 2 * degree + 1) for degree, c in fiber_in}
+    leaves |= {"scalars": torch.randn(rows, 1, 1), "positions": torch.randn(rows * share, 3)}
+
+    def results(dtype):
+        given = {name: leaf.to(dtype).requires_grad_() for name, leaf in leaves.items()}
+        nodes = {str(degree): given[f"nodes {degree}"] for degree in fiber_in.degrees}
+        edges, rel_pos = {"0": given["scalars"].repeat_interleave(share, 0)}, given["positions"]
+        basis = ForwardBasis(get_basis(rel_pos, max_degree, compute_gradients=True), in_pairs=share == 2)
+        out = conv.to(dtype)(nodes, edges, Graph(src, src, rel_pos=rel_pos, num_nodes=5), basis)
+        loss = sum((x * torch.linspace(-1, 2, x.numel(), dtype=dtype).view_as(x)).sum() for x in out.values())
+        grads = torch.autograd.grad(loss, [*given.values(), *conv.parameters()], materialize_grads=True)
+        return out, dict(zip([*given, *dict(conv.named_parameters())], grads, strict=True))
+
+    expected, expected_grads = results(torch.float64)
+    monkeypatch.setattr(native, "parts_of_products", lambda dtype: parts)
+    out, grads = results(torch.float32)
+    assert_same(out, expected, PARTS[parts], "values")
+    assert_same(grads, expected_grads, PARTS[parts], "gradients")
+
+
+@needs_tiles
+def test_tiles_are_as_they_were():
+    """Products of PyTorch in bf16, which use them too, before and after ours and in turns with them."""
+    conv, graph = ConvSE3(Fiber({0: 32}), Fiber({0: 32}), max_degree=0), Graph(*torch.randint(5, (2, 40)), num_nodes=5)
+    rel_pos, left, right = torch.randn(40, 3), *torch.randn(2, 256, 256).bfloat16()
+    arguments = {"0": torch.randn(5, 32, 1)}, get_populated_edge_features(rel_pos), graph, get_basis(rel_pos, 0)
+    expected = left @ right
+    with torch.autocast("cpu"):
+        first = conv(*arguments)["0"]
+        for _ in range(3):
+            assert torch.equal(left @ right, expected)
+            assert torch.equal(conv(*arguments)["0"], first)
+
+
+def test_parts_of_products(monkeypatch):
+    before = torch.get_float32_matmul_precision()
+    for has_tiles, expected in ((True, (0, 2, 1, 1, 2)), (False, (0, 0, 0, 0, 0))):
+        monkeypatch.setattr(native, "has_tiles", lambda has_tiles=has_tiles: has_tiles)
+        found = []
+        try:
+            for precision in ("highest", "high", "medium"):
+                torch.set_float32_matmul_precision(precision)
+                found.append(native.parts_of_products(torch.float32))
+        finally:
+            torch.set_float32_matmul_precision(before)
+        found += [native.parts_of_products(dtype) for dtype in (torch.bfloat16, torch.float16)]
+        assert tuple(found) == expected
 
 
 # -------------------------------------------------------------------------------------------------------- compilation

@@ -449,10 +449,14 @@ class ConvSE3(nn.Module):
         hidden: Tensor,
         matrices: Tensor,
     ) -> list[Tensor]:
-        """`_messages`, by compiled code, in single precision; from Wigner blocks and `Matrices`."""
+        """`_messages`, by compiled code; from Wigner blocks and `Matrices`.
+
+        In the dtype of the features, under autocast in single precision: only products may be in less.
+        """
         plan = self._plan()
         sources = self._sources(node_feats, edge_feats)
-        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else sources[0].dtype
+        dtype, autocast = sources[0].dtype, torch.is_autocast_enabled("cpu")
+        parts = native.parts_of_products(torch.get_autocast_dtype("cpu") if autocast else dtype)
 
         def same(hidden: Tensor, matrices: Tensor, *tensors: Tensor) -> list[Tensor]:
             of_node: dict[str, Tensor] = {}
@@ -465,7 +469,8 @@ class ConvSE3(nn.Module):
 
         with torch.autocast("cpu", enabled=False):
             tensors = [tensor.float().contiguous() for tensor in (hidden, matrices, *sources, *blocks.values())]
-            return [out.to(dtype) for out in Messages.apply(plan, same, src.long().contiguous(), *tensors)]
+            messages = Messages.apply(plan, parts, same, src.long().contiguous(), *tensors)
+        return list(messages) if autocast else [message.to(dtype) for message in messages]
 
     def _sources(self, node_feats: dict[str, Tensor], edge_feats: dict[str, Tensor]) -> list[Tensor]:
         """The features that are convolved: those of nodes, then those of edges."""
@@ -556,7 +561,7 @@ class ConvSE3(nn.Module):
             for degree in set(rectangle.degrees_in) & set(rectangle.degrees_out) - {0}:
                 weight = rectangle.isotropic_weight(degree)
                 x = self._source_features(node_feats, edge_feats, src, (degree,))
-                kernel = (hidden @ weight.flatten(0, 1).T).unflatten(1, weight.shape[:2])  # (E0, C_out, C_in)
+                kernel = (hidden.to(weight.dtype) @ weight.flatten(0, 1).T).unflatten(1, weight.shape[:2])  # (E0, C_out, C_in)
                 message = torch.bmm(kernel, x.transpose(1, 2))
                 out[degree] = out[degree].index_add(0, edges, message.to(out[degree].dtype))
         return out

@@ -28,7 +28,6 @@ def mix_degrees(
     if (
         tensors
         and native.fits(*tensors, *weights.values(), precisions=(torch.float32,))
-        and not torch.is_autocast_enabled("cpu")
         and are_consistent(weights, pieces)
     ):
         mixed = _Native.apply(tuple(map(len, pieces)), *tensors, *weights.values())

@@ -134,6 +134,25 @@ def differentiable_gradients(
 
 
 @cache
+def has_tiles() -> bool:
+    """Whether the processor multiplies tiles of bf16, and the system lets us."""
+    return bool(library().has_tiles())
+
+
+def parts_of_products(dtype: torch.dtype) -> int:
+    """Of how many bf16 numbers those of a contraction are made, see c/tiles.h; 0: products in single precision.
+
+    One if bf16 is asked for, by autocast or `torch.set_float32_matmul_precision("medium")`; two, 16 bits, for fp16 or
+    "high". Three would be as exact as single precision, and no faster where tiles were measured (benchmarks/README.md).
+    """
+    if not has_tiles():
+        return 0
+    if dtype == torch.float32:
+        return {"highest": 0, "high": 2, "medium": 1}[torch.get_float32_matmul_precision()]
+    return 1 if dtype == torch.bfloat16 else 2
+
+
+@cache
 def library() -> ctypes.CDLL | None:
     """The library, compiled if that has not been done; None, after one warning, where there is none."""
     if os.environ.get(OFF) == "0":

@@ -23,7 +23,7 @@ class Term(ctypes.Structure):
 
 
 class Sizes(ctypes.Structure):
-    _fields_ = numbers("rows group hidden_row terms threads")
+    _fields_ = numbers("rows group hidden_row terms threads parts")
 
 
 class Features(ctypes.Structure):
@@ -246,9 +246,11 @@ class Messages(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, plan: Plan, same: Callable, src: Tensor, hidden: Tensor, matrices: Tensor, *tensors: Tensor):
-        ctx.plan, ctx.same = plan, same
-        call = _Call(plan, src, hidden, matrices, tensors)
+    def forward(
+        ctx, plan: Plan, parts: int, same: Callable, src: Tensor, hidden: Tensor, matrices: Tensor, *tensors: Tensor
+    ):
+        ctx.plan, ctx.parts, ctx.same = plan, parts, same
+        call = _Call(plan, parts, src, hidden, matrices, tensors)
         z = call.contract(call.rotate_in())
         wants_blocks = any(ctx.needs_input_grad[-len(call.blocks) :])
         ctx.save_for_backward(src, hidden, matrices, *tensors, *(z if wants_blocks else ()))
@@ -257,13 +259,13 @@ class Messages(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grad: Tensor):
         src, hidden, matrices, *tensors = ctx.saved_tensors
-        wanted = ctx.needs_input_grad[3:]
+        wanted = ctx.needs_input_grad[4:]
         tensors, z = tensors[: len(wanted) - 2], tensors[len(wanted) - 2 :]
         if torch.is_grad_enabled():  # for second derivatives
             inputs = (hidden, matrices, *tensors)
-            return None, None, None, *native.differentiable_gradients(ctx.same, inputs, wanted, grad)
-        call = _Call(ctx.plan, src, hidden, matrices, tensors)
-        return None, None, None, *call.gradients([native.plain(of_degree) for of_degree in grad], z, wanted)
+            return None, None, None, None, *native.differentiable_gradients(ctx.same, inputs, wanted, grad)
+        call = _Call(ctx.plan, ctx.parts, src, hidden, matrices, tensors)
+        return None, None, None, None, *call.gradients([native.plain(of_degree) for of_degree in grad], z, wanted)
 
 
 class _Call:
@@ -274,7 +276,10 @@ class _Call:
         IndexError: an entry of src that is not a node.
     """
 
-    def __init__(self, plan: Plan, src: Tensor, hidden: Tensor, matrices: Tensor, tensors: tuple[Tensor, ...]):
+    def __init__(
+        self, plan: Plan, parts: int, src: Tensor, hidden: Tensor, matrices: Tensor, tensors: tuple[Tensor, ...]
+    ):
+        self.parts = parts
         self.plan, self.src, self.hidden, self.matrices, self.num_edges = plan, src, hidden, matrices, src.shape[0]
         self.data, self.blocks = list(tensors[: len(plan.sources)]), list(tensors[len(plan.sources) :])
         of_node = [source.of_node for source in plan.sources]
@@ -294,9 +299,10 @@ class _Call:
     def contract(self, x: list[Tensor]) -> list[Tensor]:
         """Every group of degrees out, in the edge frame."""
         plan, z = self.plan, self._frames(self.plan.outputs, self.hidden.new_zeros)
+        spare = self.matrices.new_empty(self.parts, plan.largest_matrix, dtype=torch.bfloat16)
         native.call(
             "contraction_forward",
-            *(self._sizes(), plan.terms, x, plan.inputs.rows, self.hidden, self.matrices, z, plan.outputs.rows),
+            *(self._sizes(), plan.terms, x, plan.inputs.rows, self.hidden, self.matrices, z, plan.outputs.rows, spare),
         )
         return z
 
@@ -316,11 +322,11 @@ class _Call:
         grad_x = self._frames(plan.inputs, self.hidden.new_zeros)
         grad_hidden, grad_matrices = torch.zeros_like(self.hidden), torch.empty_like(self.matrices)
         sizes = self._sizes()
-        spare = self.matrices.new_empty(sizes.threads, plan.largest_matrix)
+        spare = grad_hidden.new_empty(sizes.threads - 1, *grad_hidden.shape)
         native.call(
             "contraction_backward",
             *(sizes, plan.terms, x, plan.inputs.rows, self.hidden, self.matrices, grad_z, plan.outputs.rows),
-            *(grad_x, grad_hidden, grad_matrices, spare, ctypes.c_int64(plan.largest_matrix)),
+            *(grad_x, grad_hidden, grad_matrices, spare),
         )
         none: tuple[None, ...] = (None,)
         grad_data: list[Tensor] | tuple[None, ...] = none * len(self.data)
@@ -387,4 +393,4 @@ class _Call:
 
     def _sizes(self) -> Sizes:
         hidden_row, threads = self.hidden.shape[1:].numel(), torch.get_num_threads()
-        return Sizes(self.hidden.shape[0], self._group(), hidden_row, len(self.plan.terms), threads)
+        return Sizes(self.hidden.shape[0], self._group(), hidden_row, len(self.plan.terms), threads, self.parts)
