@@ -136,7 +136,8 @@ def differentiable_gradients(
 @cache
 def has_tiles() -> bool:
     """Whether the processor multiplies tiles of bf16, and the system lets us."""
-    return bool(library().has_tiles())
+    loaded = library()
+    return loaded is not None and bool(loaded.has_tiles())
 
 
 def parts_of_products(dtype: torch.dtype) -> int:
