@@ -99,10 +99,6 @@ class Degree(ctypes.Structure):
     _fields_ = native.numbers("M C_in C_out pieces node channel order")
 
 
-class Piece(ctypes.Structure):
-    _fields_ = native.numbers("C node channel order")
-
-
 class _Native(torch.autograd.Function):
     """`by_torch`, by linear.c; `counts`: pieces of each degree."""
 
@@ -136,16 +132,18 @@ class _Native(torch.autograd.Function):
     @staticmethod
     def arguments(pieces: list[list[Tensor]], weights: list[Tensor], out) -> tuple:
         """What both functions get, `out` with the distances of what comes out or of its gradient."""
-        degrees, places, rows_in, rows_out = [], [], 0, 0
+        degrees: list[Degree] = []
+        places: list[native.Piece] = []
+        rows_in, rows_out = 0, 0
         for of_degree, weight, of_out in zip(pieces, weights, out, strict=True):
             (C_out, C_in), M = weight.shape, of_out.shape[2]
             degrees.append(Degree(M, C_in, C_out, len(of_degree), *of_out.stride()))
-            places += [Piece(x.shape[1], *x.stride()) for x in of_degree]
+            places += map(native.piece, of_degree)
             rows_in, rows_out = max(rows_in, C_in * M), max(rows_out, C_out * M)
         sizes = (out[0].shape[0], len(degrees), torch.get_num_threads(), sum(weight.numel() for weight in weights))
         tensors = [x for of_degree in pieces for x in of_degree]
         weights = [weight.contiguous() for weight in weights]
-        arrays = native.array(Degree, degrees), native.array(Piece, places)
+        arrays = native.array(Degree, degrees), native.array(native.Piece, places)
         return Linear(*sizes, rows_in, rows_out), *arrays, tensors, weights
 
 

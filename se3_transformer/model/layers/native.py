@@ -72,6 +72,16 @@ def numbers(names: str) -> list[tuple[str, type]]:
     return [(name, ctypes.c_int64) for name in names.split()]
 
 
+class Piece(ctypes.Structure):
+    """Features (nodes, C, 2l+1), with their distances in memory, as in common.h."""
+
+    _fields_ = numbers("C node channel order")
+
+
+def piece(features: Tensor) -> Piece:
+    return Piece(features.shape[1], *features.stride())
+
+
 def array(kind: Any, values: Iterable) -> ctypes.Array:
     """A C array of a kind of numbers or structs."""
     values = list(values)

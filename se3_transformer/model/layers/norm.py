@@ -76,13 +76,13 @@ class NormSE3(nn.Module):
 class Norm(ctypes.Structure):
     """As in norm.c."""
 
-    _fields_ = [*native.numbers("nodes degrees threads channels largest"), ("softening", ctypes.c_float)]
+    _fields_ = [*native.numbers("nodes degrees threads channels rows most"), ("softening", ctypes.c_float)]
 
 
 class Degree(ctypes.Structure):
     """Features of a degree, as in norm.c."""
 
-    _fields_ = native.numbers("C M first node channel order grad_node grad_channel grad_order")
+    _fields_ = [*native.numbers("M first"), ("x", native.Piece), ("grad", native.Piece)]
 
 
 class _Native(torch.autograd.Function):
@@ -121,10 +121,11 @@ class _Native(torch.autograd.Function):
     ) -> tuple[Norm, ctypes.Array]:
         degrees, first = [], 0
         for feature, of_feature in zip(features, grad, strict=True):
-            degrees.append(Degree(*feature.shape[1:], first, *feature.stride(), *of_feature.stride()))
+            degrees.append(Degree(feature.shape[2], first, native.piece(feature), native.piece(of_feature)))
             first += feature.shape[1]
-        largest = max(feature.shape[2] for feature in features)
-        norm = Norm(len(features[0]), len(degrees), torch.get_num_threads(), len(weight), largest, softening)
+        sizes = (feature.shape[1:] for feature in features)
+        rows, most = (max(each) for each in zip(*((C * M, C) for C, M in sizes), strict=True))
+        norm = Norm(len(features[0]), len(degrees), torch.get_num_threads(), len(weight), rows, most, softening)
         return norm, native.array(Degree, degrees)
 
 

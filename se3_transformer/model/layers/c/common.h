@@ -150,6 +150,19 @@ static inline __attribute__((always_inline)) void store(
         for (int64_t i = 0; i < columns; i++) to[i] = (add ? to[i] : 0) + from[i * BLOCK + r];
 }
 
+/* One tensor (nodes, C, M), with its distances. */
+typedef struct {
+    int64_t C, node, channel, order;
+} Piece;
+
+/* to (C·M, BLOCK), of the nodes from `first` on */
+static inline void load_piece(const Piece *p, int64_t M, const float *from, int64_t first, int64_t valid, float *to)
+{
+    const int64_t size = p->C * M, run = M > 1 && p->order != 1 ? 1 : p->channel == M ? size : M; /* side by side */
+    for (int64_t i = 0; i < size; i += run)
+        load(from + first * p->node + i / M * p->channel + i % M * p->order, p->node, valid, run, to + i * BLOCK);
+}
+
 /* Memory of the calling thread, kept for its next call; 0 if there is none. */
 static inline float *scratch(int64_t numbers)
 {

@@ -4,17 +4,77 @@
 #if HAS_TILES
 static inline int in_tiles(const Sizes *sizes, const Term *t) { return sizes->parts && t->Q % SIDE == 0; }
 
-/* Panels of the transposed matrix of a term in the backward pass, and of what they are multiplied by: with A and B, the
- * matrix of one k for both P, A grad, or for m > 0
+/* For one k, panels (P · Q / SIDE, with a distance) of the gradient of the radial weights of a block: the sum over its
+ * `group` edges of the products of x (P) and grad (P, Q, BLOCK). */
+static inline __attribute__((always_inline)) void radial_panels(
+    const int P, const Term *t, int64_t parts, int64_t group, const float *x, int64_t x_edge, const float *grad,
+    int64_t out_edge, bf16 *to, int64_t distance)
+{
+    const int64_t minus_x = t->x_sign * BLOCK, minus_grad = t->out_sign * BLOCK, start = 0;
+    for (int64_t q = 0; q < t->Q; q++, grad += BLOCK) {
+        vector of_a[PARTS], of_b[PARTS];
+        EACH of_a[p] = of_b[p] = (vector){0};
+        for (int64_t g = 0; g < group; g++) {
+            const float *xs = x + g * x_edge, *gs = grad + g * out_edge;
+            EACH {
+                of_a[p] += AT(xs) * AT(gs);
+                if (P == 1) continue;
+                of_a[p] += AT(xs + minus_x) * AT(gs + minus_grad);
+                of_b[p] += AT(xs) * AT(gs + minus_grad) - AT(xs + minus_x) * AT(gs);
+            }
+        }
+        bf16 *row = to + q / SIDE * distance + q % SIDE * SIDE;
+        split(parts, (__m512)of_a[0], (__m512)of_a[1], row, PANEL, 0);
+        if (P == 2) split(parts, (__m512)of_b[0], (__m512)of_b[1], row + t->Q / SIDE * distance, PANEL, 0);
+    }
+}
+
+/* As forward_of_term; in spare the threads make panels of the matrix together. */
+static int forward_in_tiles(const Inputs *in, const Term *t, float *const *out, bf16 *spare)
+{
+    const int64_t G = in->sizes->group, blocks = num_blocks(in->sizes), columns = t->P * t->Q, span = span_length(t);
+    const int64_t x_edge = in->x_rows[t->x] * BLOCK, out_edge = in->out_rows[t->out] * BLOCK;
+    const int64_t parts = in->sizes->parts, panel = parts * PANEL, strips = columns / SIDE;
+    const int thread = omp_get_thread_num(), team = omp_get_num_threads();
+    float *radial = scratch((span * columns + HIDDEN) * BLOCK + CHUNK * panel / 2), *h = radial + span * columns * BLOCK;
+    bf16 *hidden_panels = (bf16 *)(h + HIDDEN * BLOCK);
+    const int64_t last = radial ? blocks * (thread + 1) / team : 0;
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < t->K * strips; i++)
+        left_panel(parts, in->matrices + t->matrix + i * SIDE * HIDDEN, HIDDEN, spare + i * panel);
+    for (int64_t start = blocks * thread / team; start < last; start += CHUNK) {
+        const int64_t length = last - start < CHUNK ? last - start : CHUNK;
+        for (int64_t i = 0; i < length; i++) {
+            load_hidden(in, t, start + i, h);
+            right_panel(parts, h, BLOCK, SIDE, hidden_panels + i * panel);
+        }
+        for (int64_t k = 0; k < t->K; k += span) {
+            const int64_t ks = t->K - k < span ? t->K - k : span;
+            for (int64_t i = 0; i < length; i++) {
+                const float *xs = in->x[t->x] + (start + i) * G * x_edge + (t->x_offset + k) * BLOCK;
+                float *sums = out[t->out] + (start + i) * G * out_edge + t->out_offset * BLOCK;
+                for (int64_t j = 0; j < ks * strips; j++)
+                    multiply(parts, 1, spare + (k * strips + j) * panel, hidden_panels + i * panel,
+                             radial + j * SIDE * BLOCK, 0);
+                for (int64_t g = 0; g < G; g++) apply(t, ks, radial, xs + g * x_edge, sums + g * out_edge);
+            }
+        }
+    }
+#pragma omp barrier
+    return radial ? 0 : NO_MEMORY;
+}
+
+/* Where each edge has radial weights of its own, its gradients of x and of the hidden layer come from that of their
+ * outer product: with the transposed A and B, the matrix of one k for both P, it is A grad, or for m > 0
  *
  *     outer[+] = A grad[+] + B grad[-] = A (grad[+] + grad[-]) + (B - A) grad[-]
  *     outer[-] = A grad[-] - B grad[+] = A (grad[+] + grad[-]) - (A + B) grad[+],       three products for four. */
 static int64_t products(const Term *t) { return t->P == 1 ? 1 : 3; }
 
-/* to (products, Q / SIDE) panels of one k's transposed matrix */
-static void transposed_panels(const Term *t, int64_t parts, const float *matrix, bf16 *to)
+/* to (products, Q / SIDE) panels of what is multiplied by grad, from the matrix of one k */
+static void left_of_products(const Term *t, int64_t parts, const float *matrix, bf16 *to)
 {
-    const int64_t strips = t->Q / SIDE, product = strips * parts * PANEL;
+    const int64_t product = t->Q / SIDE * parts * PANEL;
     float a[SIDE * SIDE], b[SIDE * SIDE], mixed[SIDE * SIDE];
     for (int64_t q = 0; q < t->Q; q += SIDE, to += parts * PANEL) {
         load(matrix + q * HIDDEN, HIDDEN, SIDE, HIDDEN, a);
@@ -28,13 +88,13 @@ static void transposed_panels(const Term *t, int64_t parts, const float *matrix,
     }
 }
 
-/* to (products, Q / SIDE) panels of an edge's gradient (P, Q, BLOCK) */
-static void gradient_panels(const Term *t, int64_t parts, const float *grad, bf16 *to)
+/* to (products, Q / SIDE) panels of what they multiply, from an edge's gradient (P, Q, BLOCK) */
+static void right_of_products(const Term *t, int64_t parts, const float *grad, bf16 *to)
 {
-    const int64_t strips = t->Q / SIDE, product = strips * parts * PANEL, size = SIDE * BLOCK;
+    const int64_t product = t->Q / SIDE * parts * PANEL, size = SIDE * BLOCK;
     const float *minus = grad + t->out_sign * BLOCK;
     float sum[SIDE * BLOCK];
-    for (int64_t i = 0; i < strips; i++, grad += size, minus += size, to += parts * PANEL) {
+    for (int64_t q = 0; q < t->Q; q += SIDE, grad += size, minus += size, to += parts * PANEL) {
         if (t->P == 1) {
             right_panel(parts, grad, BLOCK, SIDE, to);
             continue;
@@ -75,120 +135,72 @@ static inline __attribute__((always_inline)) void factors_of_outer(
     }
 }
 
-/* For one k, panels (P · Q / SIDE, with a distance) of the gradient of the radial weights of a block: the sum over its
- * `group` edges of the products of x (P) and grad (P, Q, BLOCK). */
-static inline __attribute__((always_inline)) void radial_panels(
-    const int P, const Term *t, int64_t parts, int64_t group, const float *x, int64_t x_edge, const float *grad,
-    int64_t out_edge, bf16 *to, int64_t distance)
-{
-    const int64_t minus_x = t->x_sign * BLOCK, minus_grad = t->out_sign * BLOCK, start = 0;
-    for (int64_t q = 0; q < t->Q; q++, grad += BLOCK) {
-        vector of_a[PARTS], of_b[PARTS];
-        EACH of_a[p] = of_b[p] = (vector){0};
-        for (int64_t g = 0; g < group; g++) {
-            const float *xs = x + g * x_edge, *gs = grad + g * out_edge;
-            EACH {
-                of_a[p] += AT(xs) * AT(gs);
-                if (P == 1) continue;
-                of_a[p] += AT(xs + minus_x) * AT(gs + minus_grad);
-                of_b[p] += AT(xs) * AT(gs + minus_grad) - AT(xs + minus_x) * AT(gs);
-            }
-        }
-        bf16 *row = to + q / SIDE * distance + q % SIDE * SIDE;
-        split(parts, (__m512)of_a[0], (__m512)of_a[1], row, PANEL, 0);
-        if (P == 2) split(parts, (__m512)of_b[0], (__m512)of_b[1], row + t->Q / SIDE * distance, PANEL, 0);
-    }
-}
-
-/* Have both signs of a row (BLOCK) of x brought to the cache. */
-static inline void fetch(const Term *t, const float *row)
-{
-    for (int64_t i = 0; i < BLOCK; i += LANES) {
-        __builtin_prefetch(row + i);
-        if (t->P == 2) __builtin_prefetch(row + t->x_sign * BLOCK + i);
-    }
-}
-
-/* As forward_of_term; in spare the threads make panels of the matrix together. */
-static int forward_in_tiles(const Inputs *in, const Term *t, float *const *out, bf16 *spare)
-{
-    const int64_t G = in->sizes->group, blocks = num_blocks(in->sizes), columns = t->P * t->Q, span = span_length(t);
-    const int64_t x_edge = in->x_rows[t->x] * BLOCK, out_edge = in->out_rows[t->out] * BLOCK;
-    const int64_t parts = in->sizes->parts, panel = parts * PANEL, strips = columns / SIDE;
-    const int thread = omp_get_thread_num(), team = omp_get_num_threads();
-    float *radial = scratch((span * columns + HIDDEN) * BLOCK + CHUNK * panel / 2), *h = radial + span * columns * BLOCK;
-    bf16 *hidden_panels = (bf16 *)(h + HIDDEN * BLOCK);
-    const int64_t last = radial ? blocks * (thread + 1) / team : 0;
-#pragma omp for schedule(static)
-    for (int64_t i = 0; i < t->K * strips; i++)
-        left_panel(parts, in->matrices + t->matrix + i * SIDE * HIDDEN, HIDDEN, spare + i * panel);
-    for (int64_t start = blocks * thread / team; start < last; start += CHUNK) {
-        const int64_t length = last - start < CHUNK ? last - start : CHUNK;
-        for (int64_t i = 0; i < length; i++) {
-            load_hidden(in, t, start + i, h);
-            right_panel(parts, h, BLOCK, SIDE, hidden_panels + i * panel);
-        }
-        for (int64_t k = 0; k < t->K; k += span) {
-            const int64_t ks = t->K - k < span ? t->K - k : span;
-            for (int64_t i = 0; i < length; i++) {
-                const float *xs = in->x[t->x] + (start + i) * G * x_edge + (t->x_offset + k) * BLOCK;
-                float *sums = out[t->out] + (start + i) * G * out_edge + t->out_offset * BLOCK;
-                for (int64_t j = 0; j < ks * strips; j++)
-                    multiply(parts, 1, spare + (k * strips + j) * panel, hidden_panels + i * panel,
-                             radial + j * SIDE * BLOCK, 0);
-                for (int64_t g = 0; g < G; g++) apply(t, ks, radial, xs + g * x_edge, sums + g * out_edge);
-            }
-        }
-    }
-#pragma omp barrier
-    return radial ? 0 : NO_MEMORY;
-}
-
-/* As backward_of_term, by the gradient of the outer product of x and hidden, also where edges share radial weights. */
+/* As backward_of_term. */
 static int backward_in_tiles(const Inputs *in, const Gradients *to, const Term *t, int64_t first, int64_t end)
 {
     const int64_t G = in->sizes->group, blocks = num_blocks(in->sizes), columns = t->P * t->Q, step = columns * HIDDEN;
     const int64_t x_edge = in->x_rows[t->x] * BLOCK, out_edge = in->out_rows[t->out] * BLOCK;
-    const int64_t parts = in->sizes->parts, panel = parts * PANEL, strips = columns / SIDE;
-    const int64_t product = t->Q / SIDE * panel, of_edge = products(t) * product, of_outer = products(t) * HIDDEN * BLOCK;
-    const int64_t of_block = 2 * HIDDEN * BLOCK + G * of_edge / 2;
-    float *buffers = scratch(CHUNK * of_block + G * of_outer + (of_edge + CHUNK * (strips + 1) * panel) / 2);
-    float *outer = buffers + CHUNK * of_block;
-    bf16 *transposed = (bf16 *)(outer + G * of_outer), *hidden_panels = transposed + of_edge;
-    bf16 *of_radial = hidden_panels + CHUNK * panel; /* (strips, length) */
+    const int64_t parts = in->sizes->parts, panel = parts * PANEL, strips = columns / SIDE, span = span_length(t);
+    const int64_t product = t->Q / SIDE * panel, of_k = (G == 1 ? products(t) * product : 2 * strips * panel);
+    const int64_t of_block = 2 * HIDDEN * BLOCK + of_k / 2; /* of_k is more than is needed, if G > 1 */
+    const int64_t numbers = span * columns * BLOCK > 3 * HIDDEN * BLOCK ? span * columns * BLOCK : 3 * HIDDEN * BLOCK;
+    const int64_t panels = span * of_k + (CHUNK + span * strips * (CHUNK + 1)) * panel;
+    float *buffers = scratch(CHUNK * of_block + numbers + panels / 2);
+    float *made = buffers + CHUNK * of_block; /* radial weights, or outer products */
+    bf16 *of_matrix = (bf16 *)(made + numbers), *hidden_panels = of_matrix + span * of_k;
+    bf16 *turned = hidden_panels + CHUNK * panel, *of_radial = turned + span * strips * panel; /* (span, strips, length) */
     if (!buffers) return NO_MEMORY;
     if (!blocks) memset(to->grad_matrices + t->matrix + first * step, 0, (end - first) * step * sizeof(float));
     for (int64_t start = 0; start < blocks; start += CHUNK) {
         const int64_t length = blocks - start < CHUNK ? blocks - start : CHUNK;
         Block chunk[CHUNK];
-        bf16 *grads[CHUNK]; /* panels (group, products, Q / SIDE) */
+        bf16 *right[CHUNK]; /* panels: right_of_products, or of h */
         for (int64_t i = 0; i < length; i++) {
             const Block b = chunk[i] = begin_block(in, to, t, start + i, buffers + i * of_block);
-            grads[i] = (bf16 *)(b.h + 2 * HIDDEN * BLOCK);
-            for (int64_t g = 0; g < G; g++) gradient_panels(t, parts, b.grad + g * out_edge, grads[i] + g * of_edge);
+            right[i] = (bf16 *)(b.h + 2 * HIDDEN * BLOCK);
+            if (G == 1) right_of_products(t, parts, b.grad, right[i]);
+            else right_panel(parts, b.h, BLOCK, SIDE, right[i]);
             right_panel(parts, b.hidden, in->sizes->hidden_row, b.valid, hidden_panels + i * panel);
         }
-        for (int64_t k = first; k < end; k++) {
-            transposed_panels(t, parts, in->matrices + t->matrix + k * step, transposed);
+        for (int64_t k = first; k < end; k += span) {
+            const int64_t ks = end - k < span ? end - k : span, weights = ks * strips;
+            const float *part = in->matrices + t->matrix + k * step;
+            bf16 *transposed = of_matrix + weights * panel;
+            for (int64_t j = 0; G == 1 && j < ks; j++) left_of_products(t, parts, part + j * step, of_matrix + j * of_k);
+            for (int64_t j = 0; G > 1 && j < weights; j++) {
+                float strip[SIDE * SIDE];
+                load(part + j * SIDE * HIDDEN, HIDDEN, SIDE, HIDDEN, strip);
+                left_panel(parts, strip, SIDE, transposed + j * panel);
+                left_panel(parts, part + j * SIDE * HIDDEN, HIDDEN, of_matrix + j * panel);
+            }
             for (int64_t i = 0; i < length; i++) {
                 const Block *b = chunk + i;
                 const float *x = b->x + k * BLOCK;
                 float *grad_x = b->grad_x + k * BLOCK;
-                bf16 *panels = of_radial + i * panel;
-                for (int64_t g = 0; i + 1 < length && g < G; g++)
-                    fetch(t, b[1].x + k * BLOCK + g * x_edge), fetch(t, b[1].grad_x + k * BLOCK + g * x_edge);
-                for (int64_t g = 0; g < G; g++)
-                    for (int64_t j = 0; j < products(t); j++)
-                        multiply(parts, t->Q / SIDE, transposed + j * product, grads[i] + g * of_edge + j * product,
-                                 outer + g * of_outer + j * HIDDEN * BLOCK, 0);
-                /* before what tiles have stored is read, which takes time, something else */
-                if (t->P == 1) radial_panels(1, t, parts, G, x, x_edge, b->grad, out_edge, panels, length * panel);
-                else radial_panels(2, t, parts, G, x, x_edge, b->grad, out_edge, panels, length * panel);
-                for (int64_t g = 0; g < G; g++, x += x_edge, grad_x += x_edge)
-                    if (t->P == 1) factors_of_outer(1, t, outer + g * of_outer, x, b->h, grad_x, b->grad_h);
-                    else factors_of_outer(2, t, outer + g * of_outer, x, b->h, grad_x, b->grad_h);
+                bf16 *own = of_radial + i * panel;
+                for (int64_t j = 0; j < ks; j++) {
+                    const float *xj = x + j * BLOCK;
+                    bf16 *place = own + j * strips * length * panel;
+                    if (t->P == 1) radial_panels(1, t, parts, G, xj, x_edge, b->grad, out_edge, place, length * panel);
+                    else radial_panels(2, t, parts, G, xj, x_edge, b->grad, out_edge, place, length * panel);
+                }
+                for (int64_t j = 0; G == 1 && j < ks; j++) {
+                    for (int64_t i_product = 0; i_product < products(t); i_product++)
+                        multiply(parts, t->Q / SIDE, of_matrix + j * of_k + i_product * product,
+                                 right[i] + i_product * product, made + i_product * HIDDEN * BLOCK, 0);
+                    const float *xj = x + j * BLOCK;
+                    if (t->P == 1) factors_of_outer(1, t, made, xj, b->h, grad_x + j * BLOCK, b->grad_h);
+                    else factors_of_outer(2, t, made, xj, b->h, grad_x + j * BLOCK, b->grad_h);
+                }
+                for (int64_t j = 0; G > 1 && j < weights; j++) {
+                    multiply(parts, 1, of_matrix + j * panel, right[i], made + j * SIDE * BLOCK, 0);
+                    turn_panel(parts, own + j * length * panel, turned + j * panel);
+                }
+                for (int64_t g = 0; G > 1 && g < G; g++)
+                    apply_to_gradient(t, ks, made, b->grad + g * out_edge, grad_x + g * x_edge);
+                if (G > 1) multiply(parts, weights, transposed, turned, b->grad_h, 1);
             }
-            for (int64_t j = 0; j < strips; j++)
+            for (int64_t j = 0; j < weights; j++)
                 multiply(parts, length, of_radial + j * length * panel, hidden_panels,
                          to->grad_matrices + t->matrix + k * step + j * SIDE * HIDDEN, start > 0);
         }

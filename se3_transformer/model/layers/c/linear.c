@@ -17,19 +17,6 @@ typedef struct {
     int64_t node, channel, order;  /* distances in the gradient of what comes out, which itself is contiguous */
 } Degree;
 
-/* One tensor (nodes, C, M), with its distances. */
-typedef struct {
-    int64_t C, node, channel, order;
-} Piece;
-
-/* to (C·M, BLOCK), of the nodes from `first` on */
-static void load_piece(const Piece *p, int64_t M, const float *from, int64_t first, int64_t valid, float *to)
-{
-    const int64_t size = p->C * M, run = M > 1 && p->order != 1 ? 1 : p->channel == M ? size : M; /* side by side */
-    for (int64_t i = 0; i < size; i += run)
-        load(from + first * p->node + i / M * p->channel + i % M * p->order, p->node, valid, run, to + i * BLOCK);
-}
-
 /* to (C_in·M, BLOCK), of all pieces of a degree */
 static void load_pieces(
     const Degree *d, const Piece *pieces, const float *const *from, int64_t first, int64_t valid, float *to)

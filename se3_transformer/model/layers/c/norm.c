@@ -6,45 +6,41 @@
 
 typedef struct {
     int64_t nodes, degrees, threads;
-    int64_t channels, largest; /* channels of all degrees; the largest M */
+    int64_t channels;          /* of all degrees */
+    int64_t rows, most;        /* the most rows, C·M, of a degree; the most channels */
     float softening;
 } Norm;
 
-/* Features (nodes, C, M) of a degree; distances from node to node, channel to channel, and order to order. */
 typedef struct {
-    int64_t C, M, first; /* its first channel among those of all degrees */
-    int64_t node, channel, order;
-    int64_t grad_node, grad_channel, grad_order;
+    int64_t M, first;          /* its first channel among those of all degrees */
+    Piece x, grad;             /* features, and the gradient of what comes out */
 } Degree;
 
 static const float CLAMP = 0x1p-24f, EPSILON = 1e-5f; /* NormSE3.NORM_CLAMP; of torch's norms */
 
-/* to (M, C) = from (C, M), with distances from channel to channel and order to order */
-static void collect(const Degree *d, const float *from, int64_t channel, int64_t order, float *to)
-{
-    for (int64_t m = 0; m < d->M; m++, from += order, to += d->C)
-        for (int64_t c = 0; c < d->C; c++) to[c] = from[c * channel];
-}
+#define EACH for (int i = 0; i < BLOCK; i++) /* node of a block, in which features are (C, M, BLOCK) */
 
-/* Lengths (C) of x (M, C), their inverse standard deviation, and them normalised (C). */
-static float normed_lengths(const Degree *d, float softening, const float *x, float *lengths, float *normed)
+/* Lengths (C, BLOCK) of x, their inverse standard deviations (BLOCK), and them normalised (C, BLOCK). */
+static void normed_lengths(
+    int64_t C, int64_t M, float softening, const float *x, float *lengths, float *inverse, float *normed)
 {
-    float mean = 0, square = 0;
-    for (int64_t c = 0; c < d->C; c++) lengths[c] = 0;
-    for (int64_t m = 0; m < d->M; m++, x += d->C)
-        for (int64_t c = 0; c < d->C; c++) lengths[c] += x[c] * x[c];
-    for (int64_t c = 0; c < d->C; c++) {
-        lengths[c] = sqrtf((lengths[c] < CLAMP * CLAMP ? CLAMP * CLAMP : lengths[c]) + softening * softening);
-        mean += lengths[c];
+    float mean[BLOCK] = {0}, square[BLOCK] = {0};
+    for (int64_t c = 0; c < C; c++) {
+        float sum[BLOCK] = {0}, *length = lengths + c * BLOCK;
+        for (int64_t m = 0; m < M; m++, x += BLOCK) EACH sum[i] += x[i] * x[i];
+        EACH {
+            length[i] = sqrtf((sum[i] < CLAMP * CLAMP ? CLAMP * CLAMP : sum[i]) + softening * softening);
+            mean[i] += length[i];
+        }
     }
-    mean /= d->C;
-    for (int64_t c = 0; c < d->C; c++) {
-        normed[c] = lengths[c] - mean;
-        square += normed[c] * normed[c];
-    }
-    const float inverse = 1 / sqrtf(square / d->C + EPSILON);
-    for (int64_t c = 0; c < d->C; c++) normed[c] *= inverse;
-    return inverse;
+    EACH mean[i] /= C;
+    for (int64_t c = 0; c < C; c++)
+        EACH {
+            const float difference = normed[c * BLOCK + i] = lengths[c * BLOCK + i] - mean[i];
+            square[i] += difference * difference;
+        }
+    EACH inverse[i] = 1 / sqrtf(square[i] / C + EPSILON);
+    for (int64_t c = 0; c < C; c++) EACH normed[c * BLOCK + i] *= inverse[i];
 }
 
 /* out[i] (nodes, C, M) of every degree are written */
@@ -55,24 +51,30 @@ int norm_forward(
     int failed = 0;
 #pragma omp parallel num_threads(n->threads)
     {
-        float *lengths = scratch((3 + n->largest) * n->channels), *normed = lengths + n->channels;
-        float *factors = normed + n->channels, *x_rows = factors + n->channels;
-        if (!lengths) failed = NO_MEMORY;
+        float *rows = scratch((n->rows + 2 * n->most + 1) * BLOCK), *lengths = rows + n->rows * BLOCK;
+        float *normed = lengths + n->most * BLOCK, *inverse = normed + n->most * BLOCK;
+        if (!rows) failed = NO_MEMORY;
 #pragma omp for schedule(static)
-        for (int64_t node = 0; node < n->nodes; node++)
-            for (int64_t i = 0; lengths && i < n->degrees; i++) {
-                const Degree *d = degrees + i;
-                const float *from = x[i] + node * d->node, *w = weight + d->first, *b = bias + d->first;
-                float *to = out[i] + node * d->C * d->M;
-                collect(d, from, d->channel, d->order, x_rows);
-                normed_lengths(d, n->softening, x_rows, lengths, normed);
-                for (int64_t c = 0; c < d->C; c++) {
-                    const float value = w[c] * normed[c] + b[c];
-                    factors[c] = (value < 0 ? 0 : value) / lengths[c];
+        for (int64_t node = 0; node < n->nodes; node += BLOCK) {
+            const int64_t valid = n->nodes - node < BLOCK ? n->nodes - node : BLOCK;
+            for (int64_t j = 0; rows && j < n->degrees; j++) {
+                const Degree *d = degrees + j;
+                const int64_t C = d->x.C, M = d->M;
+                load_piece(&d->x, M, x[j], node, valid, rows);
+                normed_lengths(C, M, n->softening, rows, lengths, inverse, normed);
+                float *row = rows;
+                for (int64_t c = 0; c < C; c++) {
+                    const float w = weight[d->first + c], b = bias[d->first + c];
+                    float factor[BLOCK];
+                    EACH {
+                        const float value = w * normed[c * BLOCK + i] + b;
+                        factor[i] = (value < 0 ? 0 : value) / lengths[c * BLOCK + i];
+                    }
+                    for (int64_t m = 0; m < M; m++, row += BLOCK) EACH row[i] *= factor[i];
                 }
-                for (int64_t m = 0; m < d->M; m++)
-                    for (int64_t c = 0; c < d->C; c++) to[c * d->M + m] = factors[c] * x_rows[m * d->C + c];
+                store(rows, out[j] + node * C * M, C * M, valid, C * M, 0);
             }
+        }
     }
     return failed;
 }
@@ -87,46 +89,56 @@ int norm_backward(
     int failed = 0, team = 1;
 #pragma omp parallel num_threads(n->threads)
     {
-        float *lengths = scratch((6 + 2 * n->largest) * n->channels), *normed = lengths + n->channels;
-        float *grads = normed + n->channels, *sums = grads + n->channels, *factors = sums + n->channels;
-        float *along_x = factors + n->channels, *x_rows = along_x + n->channels;
-        float *g_rows = x_rows + n->largest * n->channels;
+        float *rows = scratch((2 * n->rows + 5 * n->most + 1) * BLOCK), *g_rows = rows + n->rows * BLOCK;
+        float *lengths = g_rows + n->rows * BLOCK, *normed = lengths + n->most * BLOCK, *sums = normed + n->most * BLOCK;
+        float *grads = sums + n->most * BLOCK, *factors = grads + n->most * BLOCK, *inverse = factors + n->most * BLOCK;
         float *own = grad_parameters + omp_get_thread_num() * all;
         memset(own, 0, all * sizeof(float));
-        if (!lengths) failed = NO_MEMORY;
+        if (!rows) failed = NO_MEMORY;
 #pragma omp single
         team = omp_get_num_threads();
 #pragma omp for schedule(static)
-        for (int64_t node = 0; node < n->nodes; node++)
-            for (int64_t i = 0; lengths && i < n->degrees; i++) {
-                const Degree *d = degrees + i;
-                const float *from = x[i] + node * d->node, *g = grad[i] + node * d->grad_node;
-                const float *w = weight + d->first, *b = bias + d->first;
-                float *to = grad_x[i] + node * d->C * d->M, *grad_w = own + d->first, *grad_b = grad_w + n->channels;
-                collect(d, from, d->channel, d->order, x_rows);
-                collect(d, g, d->grad_channel, d->grad_order, g_rows);
-                const float inverse = normed_lengths(d, n->softening, x_rows, lengths, normed);
-                float mean = 0, along = 0;
-                for (int64_t c = 0; c < d->C; c++) sums[c] = 0; /* gradients of the factors */
-                for (int64_t m = 0; m < d->M; m++)
-                    for (int64_t c = 0; c < d->C; c++) sums[c] += g_rows[m * d->C + c] * x_rows[m * d->C + c];
-                for (int64_t c = 0; c < d->C; c++) {
-                    const float value = w[c] * normed[c] + b[c], grad_value = value > 0 ? sums[c] / lengths[c] : 0;
-                    factors[c] = (value < 0 ? 0 : value) / lengths[c];
-                    grad_w[c] += grad_value * normed[c];
-                    grad_b[c] += grad_value;
-                    grads[c] = grad_value * w[c];
-                    mean += grads[c], along += grads[c] * normed[c];
+        for (int64_t node = 0; node < n->nodes; node += BLOCK) {
+            const int64_t valid = n->nodes - node < BLOCK ? n->nodes - node : BLOCK;
+            for (int64_t j = 0; rows && j < n->degrees; j++) {
+                const Degree *d = degrees + j;
+                const int64_t C = d->x.C, M = d->M;
+                float mean[BLOCK] = {0}, along[BLOCK] = {0};
+                load_piece(&d->x, M, x[j], node, valid, rows);
+                load_piece(&d->grad, M, grad[j], node, valid, g_rows);
+                normed_lengths(C, M, n->softening, rows, lengths, inverse, normed);
+                for (int64_t c = 0; c < C; c++) {
+                    const float w = weight[d->first + c], b = bias[d->first + c], *N = normed + c * BLOCK;
+                    const float *xs = rows + c * M * BLOCK, *gs = g_rows + c * M * BLOCK, *L = lengths + c * BLOCK;
+                    float *sum = sums + c * BLOCK, grad_w = 0, grad_b = 0; /* sum: gradients of the factors */
+                    EACH sum[i] = 0;
+                    for (int64_t m = 0; m < M; m++) EACH sum[i] += gs[m * BLOCK + i] * xs[m * BLOCK + i];
+                    EACH {
+                        const float value = w * N[i] + b, grad_value = value > 0 ? sum[i] / L[i] : 0;
+                        factors[c * BLOCK + i] = (value < 0 ? 0 : value) / L[i];
+                        grad_w += grad_value * N[i];
+                        grad_b += grad_value;
+                        grads[c * BLOCK + i] = grad_value * w;
+                        mean[i] += grad_value * w;
+                        along[i] += grad_value * w * N[i];
+                    }
+                    own[d->first + c] += grad_w;
+                    own[n->channels + d->first + c] += grad_b;
                 }
-                mean /= d->C, along /= d->C;
-                for (int64_t c = 0; c < d->C; c++) {
-                    const float of_length = inverse * (grads[c] - mean - normed[c] * along);
-                    along_x[c] = lengths[c] > CLAMP ? (of_length - sums[c] * factors[c] / lengths[c]) / lengths[c] : 0;
+                for (int64_t c = 0; c < C; c++) {
+                    const float *xs = rows + c * M * BLOCK, *L = lengths + c * BLOCK, *factor = factors + c * BLOCK;
+                    float *gs = g_rows + c * M * BLOCK, along_x[BLOCK];
+                    EACH {
+                        const int64_t at = c * BLOCK + i;
+                        const float of_length = inverse[i] * (grads[at] - (mean[i] + normed[at] * along[i]) / C);
+                        along_x[i] = L[i] > CLAMP ? (of_length - sums[at] * factor[i] / L[i]) / L[i] : 0;
+                    }
+                    for (int64_t m = 0; m < M * BLOCK; m += BLOCK)
+                        EACH gs[m + i] = factor[i] * gs[m + i] + along_x[i] * xs[m + i];
                 }
-                for (int64_t m = 0; m < d->M; m++)
-                    for (int64_t c = 0; c < d->C; c++)
-                        to[c * d->M + m] = factors[c] * g_rows[m * d->C + c] + along_x[c] * x_rows[m * d->C + c];
+                store(g_rows, grad_x[j] + node * C * M, C * M, valid, C * M, 0);
             }
+        }
 #pragma omp for schedule(static)
         for (int64_t i = 0; i < all; i++)
             for (int other = 1; other < team; other++) grad_parameters[i] += grad_parameters[other * all + i];

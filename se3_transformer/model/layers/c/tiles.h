@@ -124,6 +124,20 @@ static inline void right_panel(int64_t parts, const float *from, int64_t row, in
             split(parts, even, odd, to + half * HALF, PANEL, 1);
         }
 }
+
+/* A panel for the right from one for the left. */
+static inline void turn_panel(int64_t parts, const bf16 *from, bf16 *to)
+{
+    const __m512i turns = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6,
+                                           37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
+    const __m512i later = _mm512_add_epi16(turns, _mm512_set1_epi16(16));
+    for (int64_t i = 0; i < parts; i++, from += PANEL, to += PANEL)
+        for (int64_t r = 0; r < SIDE; r += 2) {
+            const __m512i even = _mm512_loadu_si512(from + r * SIDE), odd = _mm512_loadu_si512(from + (r + 1) * SIDE);
+            _mm512_storeu_si512(to + r / 2 * SIDE, _mm512_permutex2var_epi16(even, turns, odd));
+            _mm512_storeu_si512(to + HALF + r / 2 * SIDE, _mm512_permutex2var_epi16(even, later, odd));
+        }
+}
 #else
 #define HAS_TILES 0
 typedef uint16_t bf16;
