@@ -1,4 +1,5 @@
-/* What the compiled parts of the model have in common. Everything is in single precision; see native.py, which calls it.
+/* What the compiled parts of the model have in common. Everything is in single precision, but for products in tiles.h;
+ * see native.py, which calls it.
  *
  * Products go through blocks of BLOCK rows (edges, or groups of them), shared out between threads. Within a block the
  * row is the last axis of everything, so that a vector register holds one number of several rows, whatever the other

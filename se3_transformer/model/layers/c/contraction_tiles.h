@@ -2,6 +2,7 @@
 #include "tiles.h"
 
 #if HAS_TILES
+/* Whether a term is multiplied in tiles. */
 static inline int in_tiles(const Sizes *sizes, const Term *t) { return sizes->parts && t->Q % SIDE == 0; }
 
 /* For one k, panels (P · Q / SIDE, with a distance) of the gradient of the radial weights of a block: the sum over its
@@ -36,7 +37,8 @@ static int forward_in_tiles(const Inputs *in, const Term *t, float *const *out, 
     const int64_t x_edge = in->x_rows[t->x] * BLOCK, out_edge = in->out_rows[t->out] * BLOCK;
     const int64_t parts = in->sizes->parts, panel = parts * PANEL, strips = columns / SIDE;
     const int thread = omp_get_thread_num(), team = omp_get_num_threads();
-    float *radial = scratch((span * columns + HIDDEN) * BLOCK + CHUNK * panel / 2), *h = radial + span * columns * BLOCK;
+    float *radial = scratch((span * columns + HIDDEN) * BLOCK + CHUNK * panel / 2);
+    float *h = radial + span * columns * BLOCK;
     bf16 *hidden_panels = (bf16 *)(h + HIDDEN * BLOCK);
     const int64_t last = radial ? blocks * (thread + 1) / team : 0;
 #pragma omp for schedule(static)
@@ -135,74 +137,99 @@ static inline __attribute__((always_inline)) void factors_of_outer(
     }
 }
 
+/* From left_of_products of some k and right_of_products: the gradients of x and h of a block, which are added to. */
+static void through_outer(
+    const Term *t, int64_t parts, int64_t k, int64_t ks, const bf16 *left, const bf16 *right, float *outer,
+    const Block *b)
+{
+    const int64_t product = t->Q / SIDE * parts * PANEL;
+    for (const int64_t end = k + ks; k < end; k++) {
+        const float *x = b->x + k * BLOCK;
+        float *grad_x = b->grad_x + k * BLOCK;
+        for (int64_t i = 0; i < products(t); i++, left += product)
+            multiply(parts, t->Q / SIDE, left, right + i * product, outer + i * HIDDEN * BLOCK, 0);
+        if (t->P == 1) factors_of_outer(1, t, outer, x, b->h, grad_x, b->grad_h);
+        else factors_of_outer(2, t, outer, x, b->h, grad_x, b->grad_h);
+    }
+}
+
+/* Where edges share radial weights these are made again, for all of them: to panels (strips) of the matrix of some k,
+ * and of the same transposed. */
+static void left_of_radial(int64_t parts, int64_t strips, const float *matrix, bf16 *to, bf16 *transposed)
+{
+    float strip[SIDE * SIDE];
+    for (int64_t i = 0; i < strips; i++, matrix += SIDE * HIDDEN, to += parts * PANEL, transposed += parts * PANEL) {
+        load(matrix, HIDDEN, SIDE, HIDDEN, strip);
+        left_panel(parts, matrix, HIDDEN, to);
+        left_panel(parts, strip, SIDE, transposed);
+    }
+}
+
+/* From them and the panel of h, and panels (strips, with a distance) of the gradient of radial weights: the gradients
+ * of x and h of a block, which are added to. */
+static void through_radial(
+    const Inputs *in, const Term *t, int64_t k, int64_t ks, const bf16 *left, const bf16 *transposed, const bf16 *right,
+    const bf16 *of_radial, int64_t distance, bf16 *turned, float *radial, const Block *b)
+{
+    const int64_t parts = in->sizes->parts, panel = parts * PANEL, strips = ks * t->P * t->Q / SIDE;
+    for (int64_t i = 0; i < strips; i++) {
+        multiply(parts, 1, left + i * panel, right, radial + i * SIDE * BLOCK, 0);
+        turn_panel(parts, of_radial + i * distance, turned + i * panel);
+    }
+    for (int64_t g = 0; g < in->sizes->group; g++)
+        apply_to_gradient(t, ks, radial, b->grad + g * in->out_rows[t->out] * BLOCK,
+                          b->grad_x + (g * in->x_rows[t->x] + k) * BLOCK);
+    multiply(parts, strips, transposed, turned, b->grad_h, 1);
+}
+
 /* As backward_of_term. */
 static int backward_in_tiles(const Inputs *in, const Gradients *to, const Term *t, int64_t first, int64_t end)
 {
     const int64_t G = in->sizes->group, blocks = num_blocks(in->sizes), columns = t->P * t->Q, step = columns * HIDDEN;
     const int64_t x_edge = in->x_rows[t->x] * BLOCK, out_edge = in->out_rows[t->out] * BLOCK;
     const int64_t parts = in->sizes->parts, panel = parts * PANEL, strips = columns / SIDE, span = span_length(t);
-    const int64_t product = t->Q / SIDE * panel, of_k = (G == 1 ? products(t) * product : 2 * strips * panel);
-    const int64_t of_block = 2 * HIDDEN * BLOCK + of_k / 2; /* of_k is more than is needed, if G > 1 */
-    const int64_t numbers = span * columns * BLOCK > 3 * HIDDEN * BLOCK ? span * columns * BLOCK : 3 * HIDDEN * BLOCK;
-    const int64_t panels = span * of_k + (CHUNK + span * strips * (CHUNK + 1)) * panel;
-    float *buffers = scratch(CHUNK * of_block + numbers + panels / 2);
-    float *made = buffers + CHUNK * of_block; /* radial weights, or outer products */
-    bf16 *of_matrix = (bf16 *)(made + numbers), *hidden_panels = of_matrix + span * of_k;
-    bf16 *turned = hidden_panels + CHUNK * panel, *of_radial = turned + span * strips * panel; /* (span, strips, length) */
+    const int64_t of_products = products(t) * t->Q / SIDE * panel;
+    const int64_t of_k = G == 1 ? of_products : 2 * strips * panel, of_edges = G == 1 ? of_products : panel;
+    const int64_t panels = span * of_k + CHUNK * of_edges + (CHUNK + span * strips * (CHUNK + 1)) * panel;
+    float *buffers = scratch((CHUNK * 2 * HIDDEN + 3 * HIDDEN + span * columns) * BLOCK + panels / 2);
+    float *outer = buffers + CHUNK * 2 * HIDDEN * BLOCK, *radial = outer + 3 * HIDDEN * BLOCK;
+    bf16 *left = (bf16 *)(radial + span * columns * BLOCK), *right = left + span * of_k;
+    bf16 *hidden_panels = right + CHUNK * of_edges, *turned = hidden_panels + CHUNK * panel;
+    bf16 *of_radial = turned + span * strips * panel; /* (span, strips, blocks of a chunk) */
     if (!buffers) return NO_MEMORY;
     if (!blocks) memset(to->grad_matrices + t->matrix + first * step, 0, (end - first) * step * sizeof(float));
     for (int64_t start = 0; start < blocks; start += CHUNK) {
         const int64_t length = blocks - start < CHUNK ? blocks - start : CHUNK;
         Block chunk[CHUNK];
-        bf16 *right[CHUNK]; /* panels: right_of_products, or of h */
         for (int64_t i = 0; i < length; i++) {
-            const Block b = chunk[i] = begin_block(in, to, t, start + i, buffers + i * of_block);
-            right[i] = (bf16 *)(b.h + 2 * HIDDEN * BLOCK);
-            if (G == 1) right_of_products(t, parts, b.grad, right[i]);
-            else right_panel(parts, b.h, BLOCK, SIDE, right[i]);
+            const Block b = chunk[i] = begin_block(in, to, t, start + i, buffers + i * 2 * HIDDEN * BLOCK);
+            if (G == 1) right_of_products(t, parts, b.grad, right + i * of_edges);
+            else right_panel(parts, b.h, BLOCK, SIDE, right + i * of_edges);
             right_panel(parts, b.hidden, in->sizes->hidden_row, b.valid, hidden_panels + i * panel);
         }
         for (int64_t k = first; k < end; k += span) {
-            const int64_t ks = end - k < span ? end - k : span, weights = ks * strips;
-            const float *part = in->matrices + t->matrix + k * step;
-            bf16 *transposed = of_matrix + weights * panel;
-            for (int64_t j = 0; G == 1 && j < ks; j++) left_of_products(t, parts, part + j * step, of_matrix + j * of_k);
-            for (int64_t j = 0; G > 1 && j < weights; j++) {
-                float strip[SIDE * SIDE];
-                load(part + j * SIDE * HIDDEN, HIDDEN, SIDE, HIDDEN, strip);
-                left_panel(parts, strip, SIDE, transposed + j * panel);
-                left_panel(parts, part + j * SIDE * HIDDEN, HIDDEN, of_matrix + j * panel);
-            }
+            const int64_t ks = end - k < span ? end - k : span;
+            const float *matrix = in->matrices + t->matrix + k * step;
+            float *grad_matrix = to->grad_matrices + t->matrix + k * step;
+            bf16 *transposed = left + ks * strips * panel;
+            if (G > 1) left_of_radial(parts, ks * strips, matrix, left, transposed);
+            else for (int64_t i = 0; i < ks; i++) left_of_products(t, parts, matrix + i * step, left + i * of_k);
             for (int64_t i = 0; i < length; i++) {
                 const Block *b = chunk + i;
-                const float *x = b->x + k * BLOCK;
-                float *grad_x = b->grad_x + k * BLOCK;
+                const bf16 *of_block = right + i * of_edges;
                 bf16 *own = of_radial + i * panel;
                 for (int64_t j = 0; j < ks; j++) {
-                    const float *xj = x + j * BLOCK;
+                    const float *x = b->x + (k + j) * BLOCK;
                     bf16 *place = own + j * strips * length * panel;
-                    if (t->P == 1) radial_panels(1, t, parts, G, xj, x_edge, b->grad, out_edge, place, length * panel);
-                    else radial_panels(2, t, parts, G, xj, x_edge, b->grad, out_edge, place, length * panel);
+                    if (t->P == 1) radial_panels(1, t, parts, G, x, x_edge, b->grad, out_edge, place, length * panel);
+                    else radial_panels(2, t, parts, G, x, x_edge, b->grad, out_edge, place, length * panel);
                 }
-                for (int64_t j = 0; G == 1 && j < ks; j++) {
-                    for (int64_t i_product = 0; i_product < products(t); i_product++)
-                        multiply(parts, t->Q / SIDE, of_matrix + j * of_k + i_product * product,
-                                 right[i] + i_product * product, made + i_product * HIDDEN * BLOCK, 0);
-                    const float *xj = x + j * BLOCK;
-                    if (t->P == 1) factors_of_outer(1, t, made, xj, b->h, grad_x + j * BLOCK, b->grad_h);
-                    else factors_of_outer(2, t, made, xj, b->h, grad_x + j * BLOCK, b->grad_h);
-                }
-                for (int64_t j = 0; G > 1 && j < weights; j++) {
-                    multiply(parts, 1, of_matrix + j * panel, right[i], made + j * SIDE * BLOCK, 0);
-                    turn_panel(parts, own + j * length * panel, turned + j * panel);
-                }
-                for (int64_t g = 0; G > 1 && g < G; g++)
-                    apply_to_gradient(t, ks, made, b->grad + g * out_edge, grad_x + g * x_edge);
-                if (G > 1) multiply(parts, weights, transposed, turned, b->grad_h, 1);
+                if (G == 1) through_outer(t, parts, k, ks, left, of_block, outer, b);
+                else through_radial(in, t, k, ks, left, transposed, of_block, own, length * panel, turned, radial, b);
             }
-            for (int64_t j = 0; j < weights; j++)
-                multiply(parts, length, of_radial + j * length * panel, hidden_panels,
-                         to->grad_matrices + t->matrix + k * step + j * SIDE * HIDDEN, start > 0);
+            for (int64_t i = 0; i < ks * strips; i++)
+                multiply(parts, length, of_radial + i * length * panel, hidden_panels, grad_matrix + i * SIDE * HIDDEN,
+                         start > 0);
         }
         for (const Block *b = chunk; b < chunk + length; b++) end_block(in, b);
     }

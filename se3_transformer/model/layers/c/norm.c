@@ -90,8 +90,9 @@ int norm_backward(
 #pragma omp parallel num_threads(n->threads)
     {
         float *rows = scratch((2 * n->rows + 5 * n->most + 1) * BLOCK), *g_rows = rows + n->rows * BLOCK;
-        float *lengths = g_rows + n->rows * BLOCK, *normed = lengths + n->most * BLOCK, *sums = normed + n->most * BLOCK;
-        float *grads = sums + n->most * BLOCK, *factors = grads + n->most * BLOCK, *inverse = factors + n->most * BLOCK;
+        float *lengths = g_rows + n->rows * BLOCK, *normed = lengths + n->most * BLOCK;
+        float *sums = normed + n->most * BLOCK, *grads = sums + n->most * BLOCK;
+        float *factors = grads + n->most * BLOCK, *inverse = factors + n->most * BLOCK;
         float *own = grad_parameters + omp_get_thread_num() * all;
         memset(own, 0, all * sizeof(float));
         if (!rows) failed = NO_MEMORY;

@@ -1,7 +1,7 @@
 /* Products of matrices of bf16 numbers with sums in single precision, by the tile registers (AMX) of some processors.
  *
- * A number of single precision is the sum of three in bf16, each of which rounds what those before it leave (Henry, Tang
- * and Heinecke 2019, "Leveraging the bfloat16 artificial intelligence datatype for higher-precision computations").
+ * A number of single precision is the sum of three in bf16, each of which rounds what those before it leave (Henry,
+ * Tang, Heinecke 2019, "Leveraging the bfloat16 artificial intelligence datatype for higher-precision computations").
  * With `parts` of them a product of matrices is one, three or six: those whose parts i, j have i + j < parts. One is
  * as exact as bf16, six are as exact as single precision. */
 #include "term.h"
@@ -36,11 +36,11 @@ int has_tiles(void)
 /* Set up the tiles of this thread; for others who use them, returns how they were. */
 static inline Tiles begin_tiles(const Sizes *sizes)
 {
-    Tiles before, own = {.palette = 1};
-    if (!sizes->parts) return own;
+    Tiles before = {0}, own = {.palette = 1};
+    if (!sizes->parts) return before;
     for (int i = 0; i < 8; i++) own.row_bytes[i] = ROW, own.rows[i] = 16;
     _tile_storeconfig(&before);
-    __asm__ volatile("" ::"r"(&own) : "memory"); /* the compiler does not know what the instructions read */
+    __asm__ volatile("" : "+m"(before) : "m"(own)); /* compilers do not know all that these instructions read and write */
     _tile_loadconfig(&own);
     return before;
 }
@@ -48,14 +48,14 @@ static inline Tiles begin_tiles(const Sizes *sizes)
 static inline void end_tiles(const Sizes *sizes, Tiles before)
 {
     if (!sizes->parts) return;
-    __asm__ volatile("" ::"r"(&before) : "memory");
+    __asm__ volatile("" ::"m"(before));
     _tile_loadconfig(&before);
 }
 
 /* sum (32 x 32) (+)= the sum over depth of panels left · right */
 static inline void multiply(int64_t parts, int64_t depth, const bf16 *left, const bf16 *right, float *sum, int add)
 {
-    __asm__ volatile("" ::: "memory");
+    __asm__ volatile("" ::: "memory"); /* what has been stored is stored; compilers do not know that tiles read it */
     if (add) {
         _tile_loadd(0, sum, SUM_ROW);
         _tile_loadd(1, sum + 16, SUM_ROW);
