@@ -391,19 +391,34 @@ def test_tiles_are_as_they_were():
             assert torch.equal(conv(*arguments)["0"], first)
 
 
-def test_parts_of_products(monkeypatch):
-    before = torch.get_float32_matmul_precision()
-    for has_tiles, expected in ((True, (0, 2, 1, 1, 2)), (False, (0, 0, 0, 0, 0))):
+MATMUL = getattr(torch.backends.mkldnn, "matmul", None)  # torch 2.9 and newer
+
+
+@pytest.mark.parametrize("names", [("highest", "high", "medium"), ("ieee", "tf32", "bf16")])
+def test_parts_of_products(names, monkeypatch):
+    """By either of torch's interfaces; the older one raises errors after uses of the newer one."""
+    if names[0] == "ieee" and MATMUL is None:
+        pytest.skip("this torch has only the older interface")
+    before = "none" if names[0] == "ieee" else torch.get_float32_matmul_precision()
+
+    def allow(precision):
+        if names[0] == "ieee":
+            MATMUL.fp32_precision = precision
+        else:
+            torch.set_float32_matmul_precision(precision)
+
+    for has_tiles, expected in ((True, (0, 2, 1)), (False, (0, 0, 0))):
         monkeypatch.setattr(native, "has_tiles", lambda has_tiles=has_tiles: has_tiles)
         found = []
         try:
-            for precision in ("highest", "high", "medium"):
-                torch.set_float32_matmul_precision(precision)
+            for precision in names:
+                allow(precision)
                 found.append(native.parts_of_products(torch.float32))
         finally:
-            torch.set_float32_matmul_precision(before)
-        found += [native.parts_of_products(dtype) for dtype in (torch.bfloat16, torch.float16)]
+            allow(before)
         assert tuple(found) == expected
+        halves = [native.parts_of_products(dtype) for dtype in (torch.bfloat16, torch.float16)]
+        assert halves == ([1, 2] if has_tiles else [0, 0])
 
 
 # -------------------------------------------------------------------------------------------------------- compilation

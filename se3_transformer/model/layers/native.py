@@ -159,8 +159,16 @@ def parts_of_products(dtype: torch.dtype) -> int:
     if not has_tiles():
         return 0
     if dtype == torch.float32:
-        return {"highest": 0, "high": 2, "medium": 1}[torch.get_float32_matmul_precision()]
+        return {"ieee": 0, "tf32": 2, "bf16": 1}[matmul_precision("cpu")]
     return 1 if dtype == torch.bfloat16 else 2
+
+
+def matmul_precision(device_type: str) -> str:
+    """In what products of float32 matrices may be made on a "cpu" or on "cuda": "ieee" (float32), "tf32" or "bf16"."""
+    backend = torch.backends.cuda if device_type == "cuda" else torch.backends.mkldnn
+    if hasattr(backend, "matmul") and hasattr(backend.matmul, "fp32_precision"):  # whichever way it was set
+        return backend.matmul.fp32_precision.replace("none", "ieee")
+    return {"highest": "ieee", "high": "tf32", "medium": "bf16"}[torch.get_float32_matmul_precision()]
 
 
 @cache

@@ -154,7 +154,7 @@ def fits(x: Tensor, hidden: Tensor, dtype: torch.dtype) -> bool:
     half = dtype in (torch.bfloat16, torch.float16)
     return (
         (x.is_cuda or INTERPRETED)
-        and (half or (dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"))
+        and (half or (dtype == torch.float32 and native.matmul_precision(x.device.type) != "ieee"))
         and len(hidden) == len(x)
         and H in (16, 32)  # more would take too much of the memory on the chip
     )
