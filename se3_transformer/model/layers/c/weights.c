@@ -31,8 +31,8 @@ int weights_forward(
         const Network n = networks[i];
 #pragma omp for schedule(static) nowait
         for (int64_t pair = 0; pair < n.C_out * n.C_in; pair++) {
-            const int64_t c_out = pair / n.C_in, c_in = pair % n.C_in;
-            const float *weight = weights[i] + pair * n.F * HIDDEN;
+            const int64_t c_in = pair / n.C_out, c_out = pair % n.C_out;
+            const float *weight = weights[i] + (c_out * n.C_in + c_in) * n.F * HIDDEN;
             for (const Row *row = rows + n.first; row < rows + n.end; row++) {
                 float *to = matrices + row->row + c_in * row->step + c_out * HIDDEN;
                 const float *from = weight + row->start * HIDDEN, *factor = coefficients + row->coefficient;
@@ -56,8 +56,8 @@ int weights_backward(
         const Network n = networks[i];
 #pragma omp for schedule(static) nowait
         for (int64_t pair = 0; pair < n.C_out * n.C_in; pair++) {
-            const int64_t c_out = pair / n.C_in, c_in = pair % n.C_in;
-            float *weight = grad_weights[i] + pair * n.F * HIDDEN;
+            const int64_t c_in = pair / n.C_out, c_out = pair % n.C_out;
+            float *weight = grad_weights[i] + (c_out * n.C_in + c_in) * n.F * HIDDEN;
             memset(weight, 0, n.F * HIDDEN * sizeof(float));
             for (const Row *row = rows + n.first; row < rows + n.end; row++) {
                 const float *from = grad_matrices + row->row + c_in * row->step + c_out * HIDDEN;
