@@ -6,7 +6,8 @@
  * as exact as bf16, six are as exact as single precision. */
 #include "term.h"
 
-#if defined(__AMX_BF16__) && defined(__AVX512BF16__) && defined(__linux__)
+/* AMX_BF16 has other names in gcc and in clang 14 */
+#if (defined(__AMX_BF16__) || defined(__AMXBF16__)) && defined(__AVX512BF16__) && defined(__linux__)
 #define HAS_TILES 1
 #include <immintrin.h>
 #include <sys/syscall.h>
@@ -40,7 +41,7 @@ static inline Tiles begin_tiles(const Sizes *sizes)
     if (!sizes->parts) return before;
     for (int i = 0; i < 8; i++) own.row_bytes[i] = ROW, own.rows[i] = 16;
     _tile_storeconfig(&before);
-    __asm__ volatile("" : "+m"(before) : "m"(own)); /* compilers do not know all that these instructions read and write */
+    __asm__ volatile("" : "+m"(before) : "m"(own)); /* compilers do not know all that the instructions read and write */
     _tile_loadconfig(&own);
     return before;
 }
