@@ -47,8 +47,9 @@ def test_step_accuracy(tmp_path):
     errors = {row[0]: list(map(float, row[1:])) for row in rows(done.stdout)[1:]}
     assert len(errors) == 2 * 4
     for what in ("convolution, ours", "convolution, yardstick", "QM9 network, ours", "QM9 network, yardstick"):
+        least = 1e-4 if what.endswith("yardstick") else 1e-9  # ours is too narrow here for products in bf16
         for single, half in zip(errors[f"{what} float32"], errors[f"{what} bf16"], strict=True):
-            assert 1e-9 < single < 1e-4 < half, what
+            assert 1e-9 < single < 1e-4 and least < half < 10, what
 
 
 def test_step_leaves_out_what_does_not_fit(tmp_path):
