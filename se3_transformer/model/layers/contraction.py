@@ -234,9 +234,10 @@ def kernels() -> ModuleType | None:
 
 
 def dtype_of_products(x: Tensor) -> torch.dtype:
-    """That of autocast if it is on, else that of x."""
+    """That of autocast if it is on, else that of x; autocast leaves float64 as it is."""
     device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    autocast = torch.is_autocast_enabled(device) and x.dtype != torch.float64
+    return torch.get_autocast_dtype(device) if autocast else x.dtype
 
 
 def _quarter_turn(x: Tensor) -> Tensor:

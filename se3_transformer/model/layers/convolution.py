@@ -562,6 +562,7 @@ class ConvSE3(nn.Module):
                 weight = rectangle.isotropic_weight(degree)
                 x = self._source_features(node_feats, edge_feats, src, (degree,))
                 kernel = hidden.to(weight.dtype) @ weight.flatten(0, 1).T
-                message = torch.bmm(kernel.unflatten(1, weight.shape[:2]), x.transpose(1, 2))  # (E0, C_out, 2l+1)
+                kernel = kernel.unflatten(1, weight.shape[:2]).to(x.dtype)  # (E0, C_out, C_in)
+                message = torch.bmm(kernel, x.transpose(1, 2))
                 out[degree] = out[degree].index_add(0, edges, message.to(out[degree].dtype))
         return out

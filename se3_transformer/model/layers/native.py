@@ -1,7 +1,9 @@
 """The C code in `c/`, compiled just in time for the processor at hand, loaded, and called with tensors.
 
 It does what takes most time on a CPU, in single precision: radial networks, rotations into the frames of edges and
-back, the contraction, attention and norms. Each is called from the module that has the same in PyTorch. The library
+back, the contraction, attention and norms; only products of the contraction may be in less, see `parts_of_products`.
+Each is called from the module that has the same in PyTorch. Under autocast what goes in and comes out stays in single
+precision, where PyTorch's results are in that of autocast. The library
 lies in a folder of the user's cache, under a name that says what it was made of and for. Where it cannot be had, all is
 done in PyTorch, with the same results up to rounding, more slowly.
 """
@@ -136,10 +138,14 @@ def grouped(index: Tensor, num_groups: int) -> tuple[Tensor, Tensor]:
 def differentiable_gradients(
     function: Callable, inputs: tuple[Tensor, ...], wanted: tuple[bool, ...], grad: Tensor | tuple[Tensor, ...]
 ) -> tuple[Tensor | None, ...]:
-    """Gradients, which can be differentiated again, of a function with respect to the wanted ones of its inputs."""
+    """Gradients, which can be differentiated again, of a function with respect to the wanted ones of its inputs.
+
+    Not under autocast, as what is compiled is not.
+    """
     inputs = tuple(tensor.view_as(tensor) for tensor in inputs)  # so that no input is made of another one
     chosen = [tensor for tensor, is_wanted in zip(inputs, wanted, strict=True) if is_wanted]
-    gradients = iter(torch.autograd.grad(function(*inputs), chosen, grad, create_graph=True))
+    with torch.autocast("cpu", enabled=False):
+        gradients = iter(torch.autograd.grad(function(*inputs), chosen, grad, create_graph=True))
     return tuple(next(gradients) if is_wanted else None for is_wanted in wanted)
 
 
@@ -153,8 +159,9 @@ def has_tiles() -> bool:
 def parts_of_products(dtype: torch.dtype) -> int:
     """Of how many bf16 numbers those of a contraction are made, see c/tiles.h; 0: products in single precision.
 
-    One if bf16 is asked for, by autocast or `torch.set_float32_matmul_precision("medium")`; two, 16 bits, for fp16 or
-    "high". Three would be as exact as single precision, and no faster where tiles were measured (benchmarks/README.md).
+    One if bf16 is asked for, by autocast, by features in bf16, or by `torch.set_float32_matmul_precision("medium")`;
+    two, 16 bits, for fp16 or "high". Three would be as exact as single precision, and no faster where tiles were
+    measured (benchmarks/README.md).
     """
     if not has_tiles():
         return 0

@@ -239,6 +239,7 @@ class Messages(torch.autograd.Function):
 
     Args:
         same: the same function of hidden, matrices and tensors in PyTorch, that can be differentiated more than once.
+        parts: see `native.parts_of_products`.
         src: (E,)
         hidden: (E / share, R, H) last hidden layers of the radial networks; edges one after the other share them.
         matrices: see `Matrices`.
@@ -322,6 +323,7 @@ class _Call:
         grad_x = self._frames(plan.inputs, self.hidden.new_zeros)
         grad_hidden, grad_matrices = torch.zeros_like(self.hidden), torch.empty_like(self.matrices)
         sizes = self._sizes()
+        sizes.threads = min(sizes.threads, max(term.K for term in plan.terms))  # more would have nothing to do
         spare = grad_hidden.new_empty(sizes.threads - 1, *grad_hidden.shape)
         native.call(
             "contraction_backward",

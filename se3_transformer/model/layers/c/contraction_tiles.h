@@ -35,20 +35,20 @@ static int forward_in_tiles(const Inputs *in, const Term *t, float *const *out, 
 {
     const int64_t G = in->sizes->group, blocks = num_blocks(in->sizes), columns = t->P * t->Q, span = span_length(t);
     const int64_t x_edge = in->x_rows[t->x] * BLOCK, out_edge = in->out_rows[t->out] * BLOCK;
-    const int64_t parts = in->sizes->parts, panel = parts * PANEL, strips = columns / SIDE;
+    const int64_t parts = in->sizes->parts, of_panel = parts * PANEL, strips = columns / SIDE;
     const int thread = omp_get_thread_num(), team = omp_get_num_threads();
-    float *radial = scratch((span * columns + HIDDEN) * BLOCK + CHUNK * panel / 2);
+    float *radial = scratch((span * columns + HIDDEN) * BLOCK + CHUNK * of_panel / 2);
     float *h = radial + span * columns * BLOCK;
     bf16 *hidden_panels = (bf16 *)(h + HIDDEN * BLOCK);
     const int64_t last = radial ? blocks * (thread + 1) / team : 0;
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < t->K * strips; i++)
-        left_panel(parts, in->matrices + t->matrix + i * SIDE * HIDDEN, HIDDEN, spare + i * panel);
+        left_panel(parts, in->matrices + t->matrix + i * SIDE * HIDDEN, HIDDEN, spare + i * of_panel);
     for (int64_t start = blocks * thread / team; start < last; start += CHUNK) {
         const int64_t length = last - start < CHUNK ? last - start : CHUNK;
         for (int64_t i = 0; i < length; i++) {
             load_hidden(in, t, start + i, h);
-            right_panel(parts, h, BLOCK, SIDE, hidden_panels + i * panel);
+            right_panel(parts, h, BLOCK, SIDE, hidden_panels + i * of_panel);
         }
         for (int64_t k = 0; k < t->K; k += span) {
             const int64_t ks = t->K - k < span ? t->K - k : span;
@@ -56,7 +56,7 @@ static int forward_in_tiles(const Inputs *in, const Term *t, float *const *out, 
                 const float *xs = in->x[t->x] + (start + i) * G * x_edge + (t->x_offset + k) * BLOCK;
                 float *sums = out[t->out] + (start + i) * G * out_edge + t->out_offset * BLOCK;
                 for (int64_t j = 0; j < ks * strips; j++)
-                    multiply(parts, 1, spare + (k * strips + j) * panel, hidden_panels + i * panel,
+                    multiply(parts, 1, spare + (k * strips + j) * of_panel, hidden_panels + i * of_panel,
                              radial + j * SIDE * BLOCK, 0);
                 for (int64_t g = 0; g < G; g++) apply(t, ks, radial, xs + g * x_edge, sums + g * out_edge);
             }
@@ -67,16 +67,14 @@ static int forward_in_tiles(const Inputs *in, const Term *t, float *const *out, 
 }
 
 /* Where each edge has radial weights of its own, its gradients of x and of the hidden layer come from that of their
- * outer product: with the transposed A and B, the matrix of one k for both P, it is A grad, or for m > 0
- *
- *     outer[+] = A grad[+] + B grad[-] = A (grad[+] + grad[-]) + (B - A) grad[-]
- *     outer[-] = A grad[-] - B grad[+] = A (grad[+] + grad[-]) - (A + B) grad[+],       three products for four. */
+ * outer product, as in `gradients_of_factors` of contraction.c: one product; or if m > 0 three, the one that both signs
+ * have, then that of + alone, then that of - alone. */
 static int64_t products(const Term *t) { return t->P == 1 ? 1 : 3; }
 
 /* to (products, Q / SIDE) panels of what is multiplied by grad, from the matrix of one k */
 static void left_of_products(const Term *t, int64_t parts, const float *matrix, bf16 *to)
 {
-    const int64_t product = t->Q / SIDE * parts * PANEL;
+    const int64_t of_product = t->Q / SIDE * parts * PANEL;
     float a[SIDE * SIDE], b[SIDE * SIDE], mixed[SIDE * SIDE];
     for (int64_t q = 0; q < t->Q; q += SIDE, to += parts * PANEL) {
         load(matrix + q * HIDDEN, HIDDEN, SIDE, HIDDEN, a);
@@ -84,16 +82,16 @@ static void left_of_products(const Term *t, int64_t parts, const float *matrix, 
         if (t->P == 1) continue;
         load(matrix + (t->Q + q) * HIDDEN, HIDDEN, SIDE, HIDDEN, b);
         for (int i = 0; i < SIDE * SIDE; i++) mixed[i] = b[i] - a[i];
-        left_panel(parts, mixed, SIDE, to + product);
+        left_panel(parts, mixed, SIDE, to + of_product);
         for (int i = 0; i < SIDE * SIDE; i++) mixed[i] = -a[i] - b[i];
-        left_panel(parts, mixed, SIDE, to + 2 * product);
+        left_panel(parts, mixed, SIDE, to + 2 * of_product);
     }
 }
 
 /* to (products, Q / SIDE) panels of what they multiply, from an edge's gradient (P, Q, BLOCK) */
 static void right_of_products(const Term *t, int64_t parts, const float *grad, bf16 *to)
 {
-    const int64_t product = t->Q / SIDE * parts * PANEL, size = SIDE * BLOCK;
+    const int64_t of_product = t->Q / SIDE * parts * PANEL, size = SIDE * BLOCK;
     const float *minus = grad + t->out_sign * BLOCK;
     float sum[SIDE * BLOCK];
     for (int64_t q = 0; q < t->Q; q += SIDE, grad += size, minus += size, to += parts * PANEL) {
@@ -103,8 +101,8 @@ static void right_of_products(const Term *t, int64_t parts, const float *grad, b
         }
         for (int j = 0; j < size; j++) sum[j] = grad[j] + minus[j];
         right_panel(parts, sum, BLOCK, SIDE, to);
-        right_panel(parts, minus, BLOCK, SIDE, to + product);
-        right_panel(parts, grad, BLOCK, SIDE, to + 2 * product);
+        right_panel(parts, minus, BLOCK, SIDE, to + of_product);
+        right_panel(parts, grad, BLOCK, SIDE, to + 2 * of_product);
     }
 }
 
@@ -142,12 +140,12 @@ static void through_outer(
     const Term *t, int64_t parts, int64_t k, int64_t ks, const bf16 *left, const bf16 *right, float *outer,
     const Block *b)
 {
-    const int64_t product = t->Q / SIDE * parts * PANEL;
+    const int64_t of_product = t->Q / SIDE * parts * PANEL;
     for (const int64_t end = k + ks; k < end; k++) {
         const float *x = b->x + k * BLOCK;
         float *grad_x = b->grad_x + k * BLOCK;
-        for (int64_t i = 0; i < products(t); i++, left += product)
-            multiply(parts, t->Q / SIDE, left, right + i * product, outer + i * HIDDEN * BLOCK, 0);
+        for (int64_t i = 0; i < products(t); i++, left += of_product)
+            multiply(parts, t->Q / SIDE, left, right + i * of_product, outer + i * HIDDEN * BLOCK, 0);
         if (t->P == 1) factors_of_outer(1, t, outer, x, b->h, grad_x, b->grad_h);
         else factors_of_outer(2, t, outer, x, b->h, grad_x, b->grad_h);
     }
@@ -171,10 +169,10 @@ static void through_radial(
     const Inputs *in, const Term *t, int64_t k, int64_t ks, const bf16 *left, const bf16 *transposed, const bf16 *right,
     const bf16 *of_radial, int64_t distance, bf16 *turned, float *radial, const Block *b)
 {
-    const int64_t parts = in->sizes->parts, panel = parts * PANEL, strips = ks * t->P * t->Q / SIDE;
+    const int64_t parts = in->sizes->parts, of_panel = parts * PANEL, strips = ks * t->P * t->Q / SIDE;
     for (int64_t i = 0; i < strips; i++) {
-        multiply(parts, 1, left + i * panel, right, radial + i * SIDE * BLOCK, 0);
-        turn_panel(parts, of_radial + i * distance, turned + i * panel);
+        multiply(parts, 1, left + i * of_panel, right, radial + i * SIDE * BLOCK, 0);
+        turn_panel(parts, of_radial + i * distance, turned + i * of_panel);
     }
     for (int64_t g = 0; g < in->sizes->group; g++)
         apply_to_gradient(t, ks, radial, b->grad + g * in->out_rows[t->out] * BLOCK,
@@ -187,15 +185,15 @@ static int backward_in_tiles(const Inputs *in, const Gradients *to, const Term *
 {
     const int64_t G = in->sizes->group, blocks = num_blocks(in->sizes), columns = t->P * t->Q, step = columns * HIDDEN;
     const int64_t x_edge = in->x_rows[t->x] * BLOCK, out_edge = in->out_rows[t->out] * BLOCK;
-    const int64_t parts = in->sizes->parts, panel = parts * PANEL, strips = columns / SIDE, span = span_length(t);
-    const int64_t of_products = products(t) * t->Q / SIDE * panel;
-    const int64_t of_k = G == 1 ? of_products : 2 * strips * panel, of_edges = G == 1 ? of_products : panel;
-    const int64_t panels = span * of_k + CHUNK * of_edges + (CHUNK + span * strips * (CHUNK + 1)) * panel;
+    const int64_t parts = in->sizes->parts, of_panel = parts * PANEL, strips = columns / SIDE, span = span_length(t);
+    const int64_t of_products = products(t) * t->Q / SIDE * of_panel;
+    const int64_t of_k = G == 1 ? of_products : 2 * strips * of_panel, of_edges = G == 1 ? of_products : of_panel;
+    const int64_t panels = span * of_k + CHUNK * of_edges + (CHUNK + span * strips * (CHUNK + 1)) * of_panel;
     float *buffers = scratch((CHUNK * 2 * HIDDEN + 3 * HIDDEN + span * columns) * BLOCK + panels / 2);
     float *outer = buffers + CHUNK * 2 * HIDDEN * BLOCK, *radial = outer + 3 * HIDDEN * BLOCK;
     bf16 *left = (bf16 *)(radial + span * columns * BLOCK), *right = left + span * of_k;
-    bf16 *hidden_panels = right + CHUNK * of_edges, *turned = hidden_panels + CHUNK * panel;
-    bf16 *of_radial = turned + span * strips * panel; /* (span, strips, blocks of a chunk) */
+    bf16 *hidden_panels = right + CHUNK * of_edges, *turned = hidden_panels + CHUNK * of_panel;
+    bf16 *of_radial = turned + span * strips * of_panel; /* (span, strips, blocks of a chunk) */
     if (!buffers) return NO_MEMORY;
     if (!blocks) memset(to->grad_matrices + t->matrix + first * step, 0, (end - first) * step * sizeof(float));
     for (int64_t start = 0; start < blocks; start += CHUNK) {
@@ -205,31 +203,32 @@ static int backward_in_tiles(const Inputs *in, const Gradients *to, const Term *
             const Block b = chunk[i] = begin_block(in, to, t, start + i, buffers + i * 2 * HIDDEN * BLOCK);
             if (G == 1) right_of_products(t, parts, b.grad, right + i * of_edges);
             else right_panel(parts, b.h, BLOCK, SIDE, right + i * of_edges);
-            right_panel(parts, b.hidden, in->sizes->hidden_row, b.valid, hidden_panels + i * panel);
+            right_panel(parts, b.hidden, in->sizes->hidden_row, b.valid, hidden_panels + i * of_panel);
         }
         for (int64_t k = first; k < end; k += span) {
             const int64_t ks = end - k < span ? end - k : span;
             const float *matrix = in->matrices + t->matrix + k * step;
             float *grad_matrix = to->grad_matrices + t->matrix + k * step;
-            bf16 *transposed = left + ks * strips * panel;
+            bf16 *transposed = left + ks * strips * of_panel;
             if (G > 1) left_of_radial(parts, ks * strips, matrix, left, transposed);
             else for (int64_t i = 0; i < ks; i++) left_of_products(t, parts, matrix + i * step, left + i * of_k);
             for (int64_t i = 0; i < length; i++) {
                 const Block *b = chunk + i;
                 const bf16 *of_block = right + i * of_edges;
-                bf16 *own = of_radial + i * panel;
+                const int64_t distance = length * of_panel;
+                bf16 *own = of_radial + i * of_panel;
                 for (int64_t j = 0; j < ks; j++) {
                     const float *x = b->x + (k + j) * BLOCK;
-                    bf16 *place = own + j * strips * length * panel;
-                    if (t->P == 1) radial_panels(1, t, parts, G, x, x_edge, b->grad, out_edge, place, length * panel);
-                    else radial_panels(2, t, parts, G, x, x_edge, b->grad, out_edge, place, length * panel);
+                    bf16 *place = own + j * strips * distance;
+                    if (t->P == 1) radial_panels(1, t, parts, G, x, x_edge, b->grad, out_edge, place, distance);
+                    else radial_panels(2, t, parts, G, x, x_edge, b->grad, out_edge, place, distance);
                 }
                 if (G == 1) through_outer(t, parts, k, ks, left, of_block, outer, b);
-                else through_radial(in, t, k, ks, left, transposed, of_block, own, length * panel, turned, radial, b);
+                else through_radial(in, t, k, ks, left, transposed, of_block, own, distance, turned, radial, b);
             }
             for (int64_t i = 0; i < ks * strips; i++)
-                multiply(parts, length, of_radial + i * length * panel, hidden_panels, grad_matrix + i * SIDE * HIDDEN,
-                         start > 0);
+                multiply(parts, length, of_radial + i * length * of_panel, hidden_panels,
+                         grad_matrix + i * SIDE * HIDDEN, start > 0);
         }
         for (const Block *b = chunk; b < chunk + length; b++) end_block(in, b);
     }

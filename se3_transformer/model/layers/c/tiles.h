@@ -40,17 +40,15 @@ static inline Tiles begin_tiles(const Sizes *sizes)
     Tiles before = {0}, own = {.palette = 1};
     if (!sizes->parts) return before;
     for (int i = 0; i < 8; i++) own.row_bytes[i] = ROW, own.rows[i] = 16;
-    _tile_storeconfig(&before);
-    __asm__ volatile("" : "+m"(before) : "m"(own)); /* compilers do not know all that the instructions read and write */
-    _tile_loadconfig(&own);
+    /* not _tile_storeconfig and _tile_loadconfig, as compilers think that these access fewer bytes */
+    __asm__ volatile("sttilecfg %0" : "=m"(before));
+    __asm__ volatile("ldtilecfg %0" ::"m"(own));
     return before;
 }
 
 static inline void end_tiles(const Sizes *sizes, Tiles before)
 {
-    if (!sizes->parts) return;
-    __asm__ volatile("" ::"m"(before));
-    _tile_loadconfig(&before);
+    if (sizes->parts) __asm__ volatile("ldtilecfg %0" ::"m"(before));
 }
 
 /* sum (32 x 32) (+)= the sum over depth of panels left · right */
