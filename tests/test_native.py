@@ -408,7 +408,7 @@ def test_parts_of_products(names, monkeypatch):
     """By either of torch's interfaces; the older one raises errors after uses of the newer one."""
     if names[0] == "ieee" and MATMUL is None:
         pytest.skip("this torch has only the older interface")
-    before = "none" if names[0] == "ieee" else torch.get_float32_matmul_precision()
+    before = MATMUL.fp32_precision if names[0] == "ieee" else torch.get_float32_matmul_precision()
 
     def allow(precision):
         if names[0] == "ieee":

@@ -1,11 +1,11 @@
 """The C code in `c/`, compiled just in time for the processor at hand, loaded, and called with tensors.
 
 It does what takes most time on a CPU, in single precision: radial networks, rotations into the frames of edges and
-back, the contraction, attention and norms; only products of the contraction may be in less, see `parts_of_products`.
-Each is called from the module that has the same in PyTorch. Under autocast what goes in and comes out stays in single
-precision, where PyTorch's results are in that of autocast. The library
-lies in a folder of the user's cache, under a name that says what it was made of and for. Where it cannot be had, all is
-done in PyTorch, with the same results up to rounding, more slowly.
+back, the contraction, attention, linear layers and norms; only products of the contraction may be in less, see
+`parts_of_products`. Each is called from the module that has the same in PyTorch. Under autocast what comes out stays in
+single precision, where PyTorch's results are in that of autocast. The library lies in a folder of the user's cache,
+under a name that says what it was made of and for. Where it cannot be had, all is done in PyTorch, with the same
+results up to rounding, more slowly.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 /* What the compiled parts of the model have in common. Everything is in single precision, but for products in tiles.h;
  * see native.py, which calls it.
  *
- * Everything goes through blocks of BLOCK rows (edges, groups of them, or nodes). Within a block the
- * row is the last axis of everything, so that a vector register holds one number of several rows, whatever the other
- * sizes are. What the backward functions need of the forward pass they compute again. Functions that Python calls
- * return 0, or one of the faults below. */
+ * Most of it goes through blocks of BLOCK rows (edges, groups of them, or nodes). Within a block the row is the last axis
+ * of everything, so that a vector register holds one number of several rows, whatever the other sizes are. What the
+ * backward functions need of the forward pass they compute again. Functions that Python calls return 0, or one of the
+ * faults below. */
 
 #ifdef _OPENMP
 #include <omp.h>

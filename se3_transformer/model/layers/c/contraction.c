@@ -69,7 +69,7 @@ static inline __attribute__((always_inline)) void gradients_of_factors(
     }
 }
 
-/* out of one term is added to, each thread of a team has some blocks. */
+/* What comes out of one term is added to out; each thread of a team has some blocks. */
 static int forward_of_term(const Inputs *in, const Term *t, float *const *out)
 {
     const int64_t G = in->sizes->group, blocks = num_blocks(in->sizes), columns = t->P * t->Q, span = span_length(t);
