@@ -345,45 +345,66 @@ def test_autocast():
 
 
 needs_tiles = pytest.mark.skipif(not native.has_tiles(), reason="this processor has no tiles (AMX), or no C compiler")
-PARTS = {1: 0.02, 2: 1e-4, 3: TOLERANCE}  # bf16 numbers of which each is made: tolerance
+PARTS = {0: TOLERANCE, 1: 0.02, 2: 1e-4, 3: TOLERANCE}  # bf16 numbers of which each is made, 0: none is; tolerance
+TILES = [pytest.param(parts, threads, marks=needs_tiles) for parts, threads in ((1, 1), (2, 1), (3, 1), (3, 3))]
 
 
-@needs_tiles
-@pytest.mark.parametrize("parts, threads", [(1, 1), (2, 1), (3, 1), (3, 3)])
+@needs_compiler
+@pytest.mark.parametrize("parts, threads", [(0, 1), (0, 3), *TILES])
 @pytest.mark.parametrize("share", [1, 2])
 @pytest.mark.parametrize(
     "fiber_in, fiber_out, rows",
     [
         (Fiber({0: 3, 1: 32, 2: 5}), Fiber({0: 64, 1: 32, 2: 20}), 70),  # one term of them not made of panels
+        (Fiber({0: 3, 1: 17}), Fiber({0: 16, 1: 48}), 70),  # registers of outputs, but no panels
         (Fiber.create(3, 7), Fiber.create(3, 32), 33),
-        (Fiber.create(2, 5), Fiber.create(2, 32), 700),  # more blocks than go through a matrix at a time
+        (Fiber.create(2, 5), Fiber.create(2, 32), 700),  # more than go through a matrix at a time
         (Fiber.create(1, 1), Fiber.create(1, 32), 1),
         (Fiber.create(2, 4), Fiber.create(2, 32), 0),
     ],
 )
-def test_products_of_tiles(fiber_in, fiber_out, rows, share, parts, threads, monkeypatch):
-    torch.manual_seed(0)
+def test_products(fiber_in, fiber_out, rows, share, parts, threads, monkeypatch):
+    """Convolutions of many channels, against float64; threads may be more than there are blocks or channels."""
+    expected, expected_grads = wide_convolution(fiber_in, fiber_out, rows, share, torch.float64)
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    max_degree = max(*fiber_in.degrees, *fiber_out.degrees)
-    conv, src = varied(ConvSE3(fiber_in, fiber_out, max_degree=max_degree, pool=False)), torch.arange(rows * share) % 5
-    leaves = {f"nodes {degree}": torch.randn(5, c, 2 * degree + 1) for degree, c in fiber_in}
-    leaves |= {"scalars": torch.randn(rows, 1, 1), "positions": torch.randn(rows * share, 3)}
-
-    def results(dtype):
-        given = {name: leaf.to(dtype).requires_grad_() for name, leaf in leaves.items()}
-        nodes = {str(degree): given[f"nodes {degree}"] for degree in fiber_in.degrees}
-        edges, rel_pos = {"0": given["scalars"].repeat_interleave(share, 0)}, given["positions"]
-        basis = ForwardBasis(get_basis(rel_pos, max_degree, compute_gradients=True), in_pairs=share == 2)
-        out = conv.to(dtype)(nodes, edges, Graph(src, src, rel_pos=rel_pos, num_nodes=5), basis)
-        loss = sum((x * torch.linspace(-1, 2, x.numel(), dtype=dtype).view_as(x)).sum() for x in out.values())
-        grads = torch.autograd.grad(loss, [*given.values(), *conv.parameters()], materialize_grads=True)
-        return out, dict(zip([*given, *dict(conv.named_parameters())], grads, strict=True))
-
-    expected, expected_grads = results(torch.float64)
     monkeypatch.setattr(native, "parts_of_products", lambda dtype: parts)
-    out, grads = results(torch.float32)
+    out, grads = wide_convolution(fiber_in, fiber_out, rows, share, torch.float32)
     assert_same(out, expected, PARTS[parts], "values")
     assert_same(grads, expected_grads, PARTS[parts], "gradients")
+
+
+@needs_compiler
+@pytest.mark.parametrize("bias", [-100.0, 100.0])
+def test_hidden_units_that_are_zero(bias):
+    """All of them, which leaves nothing to multiply, or none."""
+
+    def results(dtype):
+        return wide_convolution(Fiber.create(2, 5), Fiber.create(2, 32), 70, 1, dtype, bias)
+
+    (expected, expected_grads), (out, grads) = results(torch.float64), results(torch.float32)
+    assert all(bool(x.any()) == (bias > 0) for x in expected.values())
+    assert_same(out, expected, TOLERANCE, "values")
+    assert_same(grads, expected_grads, TOLERANCE, "gradients")
+
+
+def wide_convolution(fiber_in, fiber_out, rows, share, dtype, bias=None):
+    """What comes out of a convolution, and all gradients; the last hidden layers have this bias, or one by chance."""
+    torch.manual_seed(0)
+    max_degree = max(*fiber_in.degrees, *fiber_out.degrees)
+    conv, src = varied(ConvSE3(fiber_in, fiber_out, max_degree=max_degree, pool=False)), torch.arange(rows * share) % 5
+    for name, parameter in conv.named_parameters():
+        if bias is not None and name.endswith("net.2.bias"):  # before the last ReLU
+            torch.nn.init.constant_(parameter, bias)
+    leaves = {f"nodes {degree}": torch.randn(5, c, 2 * degree + 1) for degree, c in fiber_in}
+    leaves |= {"scalars": torch.randn(rows, 1, 1), "positions": torch.randn(rows * share, 3)}
+    given = {name: leaf.to(dtype).requires_grad_() for name, leaf in leaves.items()}
+    nodes = {str(degree): given[f"nodes {degree}"] for degree in fiber_in.degrees}
+    edges, rel_pos = {"0": given["scalars"].repeat_interleave(share, 0)}, given["positions"]
+    basis = ForwardBasis(get_basis(rel_pos, max_degree, compute_gradients=True), in_pairs=share == 2)
+    out = conv.to(dtype)(nodes, edges, Graph(src, src, rel_pos=rel_pos, num_nodes=5), basis)
+    loss = sum((x * torch.linspace(-1, 2, x.numel(), dtype=dtype).view_as(x)).sum() for x in out.values())
+    grads = torch.autograd.grad(loss, [*given.values(), *conv.parameters()], materialize_grads=True)
+    return out, dict(zip([*given, *dict(conv.named_parameters())], grads, strict=True))
 
 
 @needs_tiles

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -139,7 +140,7 @@ class Plan:
         rows: list[Row] = []
         coefficients: list[float] = []
         sizes: list[Network] = []
-        self.channels: list[tuple[int, int]] = []  # in and out, of every term
+        self.shapes: list[tuple[int, ...]] = []  # of every term: degrees in, their channels, P, degrees out, their channels, H
         self.matrix_size = 0  # of all matrices
         for number, network in enumerate(networks):
             first, mixture = len(rows), iter(network.mixture.tolist())
@@ -148,7 +149,8 @@ class Plan:
                 out, out_offset, out_sign, Q = place(network.degrees_out, order, groups_out)
                 P, matrix = 1 if order == 0 else 2, self.matrix_size
                 terms.append(Term(P, K, Q, matrix, number * HIDDEN, x, x_offset, x_sign, out, out_offset, out_sign))
-                self.channels.append((network.channels_in, network.channels_out))
+                channels_in, channels_out = network.channels_in, network.channels_out
+                self.shapes.append((K // channels_in, channels_in, P, Q // channels_out, channels_out, HIDDEN))
                 self.matrix_size += K * P * Q * HIDDEN
                 for part in range(P):
                     for q in range(0, Q, network.channels_out):
@@ -160,19 +162,15 @@ class Plan:
                             rows.append(Row(start, end - start, len(coefficients), row, P * Q * HIDDEN))
                             coefficients += values[start:end]
             sizes.append(Network(network.channels_out, network.channels_in, len(network.mixture), first, len(rows)))
+        terms.sort(key=lambda term: (term.x, term.x_offset))  # so that x is read once for those that share it
         self.terms, self.rows, self.networks = array(Term, terms), array(Row, rows), array(Network, sizes)
         self.coefficients = array(ctypes.c_float, coefficients)
         self.largest_matrix = max(term.P * term.K * term.Q for term in terms) * HIDDEN
 
     def weights(self, matrices: Tensor) -> list[Tensor]:
         """Views of `Matrices` as `frame_weights`, (P, outs, C_out, ins, C_in, H) of every term."""
-        parts = matrices.split([term.K * term.P * term.Q * HIDDEN for term in self.terms])
-        return [
-            part.view(term.K // channels_in, channels_in, term.P, term.Q // channels_out, channels_out, HIDDEN).permute(
-                2, 3, 4, 0, 1, 5
-            )
-            for part, term, (channels_in, channels_out) in zip(parts, self.terms, self.channels, strict=True)
-        ]
+        parts = matrices.split([math.prod(shape) for shape in self.shapes])
+        return [part.view(shape).permute(2, 3, 4, 0, 1, 5) for part, shape in zip(parts, self.shapes, strict=True)]
 
 
 def side(features: list[Features], shapes: list[tuple[int, int]], groups: Groups) -> Side:

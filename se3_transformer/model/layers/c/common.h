@@ -86,7 +86,7 @@ typedef float four __attribute__((vector_size(16), aligned(4), may_alias));
 #ifdef __clang__
 #define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
 #else
-#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (int __attribute__((vector_size(16)))){__VA_ARGS__})
+#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (int __attribute__((vector_size(sizeof(a))))){__VA_ARGS__})
 #endif
 
 /* The columns of four rows of four. */
@@ -99,10 +99,10 @@ static inline __attribute__((always_inline)) void transpose(
     columns[2] = SHUFFLE(CA, DB, 0, 4, 1, 5), columns[3] = SHUFFLE(CA, DB, 2, 6, 3, 7);
 }
 
-/* to (columns, BLOCK) = `valid` rows (columns), transposed, then zeros */
-static inline void load_rows(const float *const *rows, int64_t valid, int64_t columns, float *to)
+/* to (columns, valid), with a distance from column to column, = `valid` rows (columns) transposed */
+static inline __attribute__((always_inline)) void turn_rows(
+    const float *const *rows, int64_t valid, int64_t columns, float *to, const int64_t distance)
 {
-    if (valid < BLOCK) memset(to, 0, columns * BLOCK * sizeof(float));
     int64_t r = 0;
     for (; r + 4 <= valid; r += 4) {
         const float *a = rows[r], *b = rows[r + 1], *c = rows[r + 2], *d = rows[r + 3];
@@ -111,12 +111,19 @@ static inline void load_rows(const float *const *rows, int64_t valid, int64_t co
         for (; i + 4 <= columns; i += 4) {
             four turned[4];
             transpose(a + i, b + i, c + i, d + i, turned);
-            for (int j = 0; j < 4; j++, column += BLOCK) *(four *)column = turned[j];
+            for (int j = 0; j < 4; j++, column += distance) *(four *)column = turned[j];
         }
-        for (; i < columns; i++, column += BLOCK) *(four *)column = (four){a[i], b[i], c[i], d[i]};
+        for (; i < columns; i++, column += distance) *(four *)column = (four){a[i], b[i], c[i], d[i]};
     }
     for (; r < valid; r++)
-        for (int64_t i = 0; i < columns; i++) to[i * BLOCK + r] = rows[r][i];
+        for (int64_t i = 0; i < columns; i++) to[i * distance + r] = rows[r][i];
+}
+
+/* The same to (columns, BLOCK), zeros behind the valid ones. */
+static inline void load_rows(const float *const *rows, int64_t valid, int64_t columns, float *to)
+{
+    if (valid < BLOCK) memset(to, 0, columns * BLOCK * sizeof(float));
+    turn_rows(rows, valid, columns, to, BLOCK);
 }
 
 /* The same from (valid, columns), with a distance from row to row. */
@@ -127,28 +134,37 @@ static inline void load(const float *from, int64_t row, int64_t valid, int64_t c
     load_rows(rows, valid, columns, to);
 }
 
-/* to (valid, columns) (+)= from (columns, BLOCK) transposed */
-static inline __attribute__((always_inline)) void store(
-    const float *from, float *to, int64_t row, int64_t valid, int64_t columns, const int add)
+/* `valid` rows (columns) (+)= from (columns, valid), with a distance from column to column, transposed */
+static inline __attribute__((always_inline)) void store_rows(
+    const float *from, const int64_t distance, float *const *rows, int64_t valid, int64_t columns, const int add)
 {
     int64_t r = 0;
-    for (; r + 4 <= valid; r += 4, to += 4 * row) {
+    for (; r + 4 <= valid; r += 4) {
         const float *column = from + r;
         int64_t i = 0;
-        for (; i + 4 <= columns; i += 4, column += 4 * BLOCK) {
+        for (; i + 4 <= columns; i += 4, column += 4 * distance) {
             four turned[4];
-            transpose(column, column + BLOCK, column + 2 * BLOCK, column + 3 * BLOCK, turned);
+            transpose(column, column + distance, column + 2 * distance, column + 3 * distance, turned);
             for (int j = 0; j < 4; j++) {
-                four *place = (four *)(to + j * row + i);
+                four *place = (four *)(rows[r + j] + i);
                 if (add) turned[j] += *place;
                 *place = turned[j];
             }
         }
-        for (; i < columns; i++, column += BLOCK)
-            for (int j = 0; j < 4; j++) to[j * row + i] = add ? to[j * row + i] + column[j] : column[j];
+        for (; i < columns; i++, column += distance)
+            for (int j = 0; j < 4; j++) rows[r + j][i] = add ? rows[r + j][i] + column[j] : column[j];
     }
-    for (; r < valid; r++, to += row)
-        for (int64_t i = 0; i < columns; i++) to[i] = (add ? to[i] : 0) + from[i * BLOCK + r];
+    for (; r < valid; r++)
+        for (int64_t i = 0; i < columns; i++) rows[r][i] = (add ? rows[r][i] : 0) + from[i * distance + r];
+}
+
+/* The same from (columns, BLOCK) to (valid, columns), with a distance from row to row. */
+static inline __attribute__((always_inline)) void store(
+    const float *from, float *to, int64_t row, int64_t valid, int64_t columns, const int add)
+{
+    float *rows[BLOCK];
+    for (int64_t r = 0; r < valid; r++) rows[r] = to + r * row;
+    store_rows(from, BLOCK, rows, valid, columns, add);
 }
 
 /* One tensor (nodes, C, M), with its distances. */
