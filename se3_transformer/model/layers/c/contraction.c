@@ -1,5 +1,6 @@
-/* The contraction of contraction.py, with the radial weights of a block of edges in the cache and never in memory. For
- * every edge e, every |m|:
+/* The contraction of contraction.py. Radial weights are never in memory, only in registers (contraction_rows.h, for
+ * terms whose outputs fill these) or in the cache (contraction_tiles.h, if lower precision was asked for; else here,
+ * where the edges of a block are side by side). For every edge e, every |m|:
  *
  *     R[e] = matrix · hidden[e]                                         radial weights (K, P, Q)
  *     out[e, q] = sum_k R[e, k, 0, q] x[e, k]                           m = 0, P = 1
@@ -9,7 +10,7 @@
  * the edges that are first in their group, then those that are second, are (rows of x, BLOCK); so is what comes out.
  */
 #ifdef __GNUC__
-#pragma GCC optimize("no-associative-math") /* sums in the order that is written here, which takes fewer operations */
+#pragma GCC optimize("no-associative-math") /* sums in the order of the source, which takes fewer operations */
 #endif
 #include "contraction_rows.h"
 

@@ -67,8 +67,12 @@ static int forward_in_tiles(const Inputs *in, const Term *t, float *const *out, 
 }
 
 /* Where each edge has radial weights of its own, its gradients of x and of the hidden layer come from that of their
- * outer product, as in `gradients_of_factors` of contraction.c: one product; or if m > 0 three, the one that both signs
- * have, then that of + alone, then that of - alone. */
+ * outer product, which with the transposed matrices A (and B) is A grad; or if m > 0
+ *
+ *     outer[+] = A grad[+] + B grad[-] = A (grad[+] + grad[-]) + (B - A) grad[-]
+ *     outer[-] = A grad[-] - B grad[+] = A (grad[+] + grad[-]) - (A + B) grad[+],
+ *
+ * three products: the one that both signs have, then that of + alone, then that of - alone. */
 static int64_t products(const Term *t) { return t->P == 1 ? 1 : 3; }
 
 /* to (products, Q / SIDE) panels of what is multiplied by grad, from the matrix of one k */

@@ -1,7 +1,7 @@
-/* What both ways to contract have in common, that of contraction.c and that of contraction_tiles.h. */
+/* What the three ways to contract have in common, see contraction.c. */
 #include "common.h"
 
-/* Radial weights of a row at a time; blocks of rows that go through a part of a matrix while it is in the cache. */
+/* In blocks: radial weights of a row at a time; blocks that go through a part of a matrix while it is in the cache. */
 enum { SPAN = 512, CHUNK = 20 };
 
 /* One |m| of one radial network. Offsets and distances in memory are in numbers; what has no distance is contiguous. */
