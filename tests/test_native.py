@@ -479,6 +479,16 @@ def load(**environment):
     return available == "True", int(warnings), " ".join(text)
 
 
+@pytest.mark.parametrize("compiler", ["gcc", "clang"])
+def test_compilers(compiler, tmp_path):
+    """Other versions have other names: clang-14 and so on."""
+    names = [compiler, *(f"{compiler}-{version}" for version in range(30, 8, -1))]
+    found = next(filter(shutil.which, names), None)
+    if found is None:
+        pytest.skip(f"no {compiler} here")
+    assert load(SE3_TRANSFORMER_CACHE=str(tmp_path), CC=found) == (True, 0, "")
+
+
 @needs_compiler
 def test_compiled_once(tmp_path):
     assert load(SE3_TRANSFORMER_CACHE=str(tmp_path / "new" / "folder"))[:2] == (True, 0)

@@ -140,7 +140,8 @@ class Plan:
         rows: list[Row] = []
         coefficients: list[float] = []
         sizes: list[Network] = []
-        self.shapes: list[tuple[int, ...]] = []  # of every term: degrees in, their channels, P, degrees out, their channels, H
+        # Of every matrix, in their order, which is not that of the terms: degrees and channels in, P, the same out, H.
+        self.shapes: list[tuple[int, ...]] = []
         self.matrix_size = 0  # of all matrices
         for number, network in enumerate(networks):
             first, mixture = len(rows), iter(network.mixture.tolist())

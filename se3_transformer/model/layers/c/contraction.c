@@ -9,7 +9,7 @@
  * `group` edges that follow each other share a row of `hidden`. The x of one block of rows after the other, and of each
  * the edges that are first in their group, then those that are second, are (rows of x, BLOCK); so is what comes out.
  */
-#ifdef __GNUC__
+#if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC optimize("no-associative-math") /* sums in the order of the source, which takes fewer operations */
 #endif
 #include "contraction_rows.h"
@@ -19,10 +19,10 @@ static int forward_of_term(const Inputs *in, const Term *t, float *const *out)
 {
     const int64_t G = in->sizes->group, blocks = num_blocks(in->sizes), columns = t->P * t->Q, span = span_length(t);
     const int64_t x_edge = in->x_rows[t->x] * BLOCK, out_edge = in->out_rows[t->out] * BLOCK;
-    const int thread = omp_get_thread_num(), team = omp_get_num_threads();
+    const Share own = share(blocks);
     float *h = scratch((HIDDEN + span * columns) * BLOCK), *radial = h + HIDDEN * BLOCK;
     if (!h) return NO_MEMORY;
-    for (int64_t block = blocks * thread / team; block < blocks * (thread + 1) / team; block++) {
+    for (int64_t block = own.first; block < own.end; block++) {
         const float *xs = in->x[t->x] + block * G * x_edge + t->x_offset * BLOCK;
         float *sums = out[t->out] + block * G * out_edge + t->out_offset * BLOCK;
         load_hidden(in, t, block, h);
@@ -107,6 +107,9 @@ int contraction_backward(
     const Inputs in = {sizes, x, x_rows, out_rows, hidden, matrices};
     const int64_t of_hidden = sizes->rows * sizes->hidden_row;
     int failed = 0;
+    for (const Term *t = terms; !sizes->rows && t < terms + sizes->terms; t++)
+        memset(grad_matrices + t->matrix, 0, t->K * t->P * t->Q * HIDDEN * sizeof(float));
+    if (!sizes->rows) return 0;
 #pragma omp parallel num_threads(sizes->threads)
     {
         const Tiles before = begin_tiles(sizes);
@@ -115,12 +118,12 @@ int contraction_backward(
         int fault = 0;
         if (thread) memset(to.grad_hidden, 0, of_hidden * sizeof(float));
         for (const Term *t = terms; t < terms + sizes->terms; t++) {
-            const int64_t first = t->K * thread / team, end = t->K * (thread + 1) / team;
-            if (first == end) continue;
-            if (in_tiles(sizes, t)) fault |= backward_in_tiles(&in, &to, t, first, end);
-            else if (!in_rows(sizes, t) || !sizes->rows) fault |= backward_of_term(&in, &to, t, first, end);
+            const Share k = share(t->K);
+            if (k.first == k.end) continue;
+            if (in_tiles(sizes, t)) fault |= backward_in_tiles(&in, &to, t, k.first, k.end);
+            else if (!in_rows(sizes, t)) fault |= backward_of_term(&in, &to, t, k.first, k.end);
         }
-        if (sizes->rows) fault |= backward_in_rows(&in, &to, terms);
+        fault |= backward_in_rows(&in, &to, terms);
         if (fault) failed = fault;
         end_tiles(sizes, before);
 #pragma omp barrier

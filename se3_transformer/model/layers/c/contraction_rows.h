@@ -1,6 +1,6 @@
 /* What contraction.c does, one row of `hidden` after the other, for those terms whose outputs fill registers. Hidden
- * units that the ReLU made zero, about half of them, are left out, and with them half of the operations. The gradient
- * of such a unit, which does not go through the ReLU, stays zero.
+ * units that the ReLU made zero, about half of them, are left out, and with them half of the operations, and what is
+ * not finite in their weights. The gradient of such a unit, which does not go through the ReLU, stays zero.
  *
  * A row's radial weights are never all there at once: for some columns of the matrix, in the first level of the cache,
  * those of one row after the other are made in registers and used. */
@@ -9,19 +9,21 @@
 /* Registers of radial weights, and the columns of the matrix that they hold; rows that take turns with some columns. */
 enum { VECTORS = VECTOR == 32 ? 4 : 8, COLUMNS = VECTORS * LANES, MOST_ROWS = 640 };
 
-/* Some rows of `hidden`, and what their edges have to do with one term. Of an edge, x and out are (P, K) and (P, Q); if
- * K is not a multiple of VECTORS, then zeros follow. */
+_Static_assert(HIDDEN == 32, "hidden units are the bits of a number");
+
+/* Some rows of `hidden`, and what their edges have to do with one term. */
 typedef struct {
     int64_t start, length, group;             /* first row, rows, edges of each */
-    int64_t K, Q, hidden_row;                 /* row to row of hidden */
+    int64_t K, Q;                             /* numbers of x and out, K rounded up to a multiple of VECTORS */
+    float *x, *out, *grad_x;                  /* (length, group, P, K or Q); backward, out is its gradient */
+    int64_t hidden_row;                       /* from row to row of hidden */
     const float *hidden;                      /* the first row */
     uint32_t units[MOST_ROWS];                /* of each row, a bit for every unit that is not zero */
     vector *of_units;                         /* the gradient of each of these: the sum over the lanes */
-    float *columns;                           /* (HIDDEN, COLUMNS), in the backward pass (HIDDEN, 2, COLUMNS): */
-    const float *next[COLUMNS];               /* with their gradients; where those that come next are in the matrix, */
-    float *gradient[COLUMNS];                 /* and where the gradients belong */
-    float nowhere[HIDDEN];                    /* those of no column do here */
-    float *x, *out, *grad_x;                  /* (length, group, P, K or Q), out in the backward pass its gradient */
+    float *columns;                           /* (HIDDEN, COLUMNS); backward (HIDDEN, 2, COLUMNS), with gradients */
+    const float *next[COLUMNS];               /* where the columns that come next are */
+    float *gradient[COLUMNS];                 /* where the gradients of the columns belong: */
+    float nowhere[HIDDEN];                    /* those of columns that the matrix does not have, here */
 } Rows;
 
 /* Whether a term is contracted here. */
@@ -30,17 +32,21 @@ static inline int in_rows(const Sizes *sizes, const Term *t) { return t->Q % LAN
 /* The columns are (some k, P, some q): registers of q, numbers of q, and k. */
 static inline int parts_of(const Term *t) { return t->Q % WIDTH ? 1 : PARTS; }
 static inline int width_of(const Term *t) { return parts_of(t) * LANES; }
-static inline int ks_of(const Term *t) { return VECTORS / ((int)t->P * parts_of(t)); }
+static inline __attribute__((always_inline)) int ks_for(const int P, const int parts) { return VECTORS / (P * parts); }
+static inline int ks_of(const Term *t) { return ks_for(t->P, parts_of(t)); }
 
 /* A column into the cache. */
 static inline __attribute__((always_inline)) void fetch(const float *column, const int to_write)
 {
-    for (int i = 0; i < HIDDEN; i += 16) __builtin_prefetch(column + i, to_write);
+    for (int i = 0; i < HIDDEN; i += 16) {
+        if (to_write) __builtin_prefetch(column + i, 1); /* clang wants constants */
+        else __builtin_prefetch(column + i, 0);
+    }
 }
 
 #define EVERY for (int i = 0; i < VECTORS; i++)
 #define LOCALS \
-    const int ks = VECTORS / (P * parts); \
+    const int ks = ks_for(P, parts); \
     const int64_t G = alone ? 1 : rows->group, x_edge = P * rows->K, out_edge = P * rows->Q; \
     const int64_t minus_x = rows->K, minus_out = rows->Q; \
     const float *hidden = rows->hidden
@@ -54,7 +60,7 @@ static inline __attribute__((always_inline)) void forward_of_columns(
     for (int64_t r = 0; r < rows->length; r++, hidden += rows->hidden_row) {
         vector radial[VECTORS];
         EVERY radial[i] = (vector){0};
-        if (r < COLUMNS) fetch(rows->next[r], 0);
+        if (r < COLUMNS) fetch(rows->next[r], 0); /* with each row one of them */
         for (uint32_t units = rows->units[r]; units; units &= units - 1) {
             const uint64_t unit = (uint32_t)__builtin_ctz(units);
             const vector *weights = (vector *)(rows->columns + unit * COLUMNS);
@@ -186,9 +192,9 @@ typedef struct {
     int64_t edge, offset, sign, P, size;
 } Part;
 
-static inline Part part_of_x(const Inputs *in, const Term *t, const float *x, int64_t first, int64_t end)
+static inline Part part_of_x(const Inputs *in, const Term *t, const float *x, Share k)
 {
-    return (Part){(float *)x, in->x_rows[t->x], t->x_offset + first, t->x_sign, t->P, end - first};
+    return (Part){(float *)x, in->x_rows[t->x], t->x_offset + k.first, t->x_sign, t->P, k.end - k.first};
 }
 
 static inline Part part_of_out(const Inputs *in, const Term *t, const float *out)
@@ -227,9 +233,10 @@ static void to_frames(const Part part, const Rows *rows, const float *numbers, i
 static int64_t begin_rows(const Inputs *in, const Term *terms, int64_t count, Rows *rows)
 {
     const int64_t times = (count + MOST_ROWS - 1) / MOST_ROWS, blocks = (count + BLOCK - 1) / BLOCK;
-    const int64_t length = (blocks + times - 1) / times * BLOCK, units = length * HIDDEN + 3; /* for `totals` */
+    const int64_t length = (blocks + times - 1) / times * BLOCK, units = length * HIDDEN + 3; /* `totals` reads on */
     int64_t of_x = 0, of_out = 0;
     for (const Term *t = terms; t < terms + in->sizes->terms; t++) {
+        if (!in_rows(in->sizes, t)) continue;
         const int64_t x = t->P * (t->K + VECTORS), out = t->P * t->Q;
         of_x = x > of_x ? x : of_x, of_out = out > of_out ? out : of_out;
     }
@@ -264,13 +271,13 @@ static int64_t set_term(const Inputs *in, const Term *t, Rows *rows)
 }
 
 /* x of some k. */
-static void load_x(const Inputs *in, const Term *t, int64_t first, int64_t end, const Rows *rows)
+static void load_x(const Inputs *in, const Term *t, Share k, const Rows *rows)
 {
-    if (rows->K > end - first) memset(rows->x, 0, rows->length * rows->group * t->P * rows->K * sizeof(float));
-    from_frames(part_of_x(in, t, in->x[t->x], first, end), rows, rows->x, rows->K);
+    if (rows->K > k.end - k.first) memset(rows->x, 0, rows->length * rows->group * t->P * rows->K * sizeof(float));
+    from_frames(part_of_x(in, t, in->x[t->x], k), rows, rows->x, rows->K);
 }
 
-/* The end of the terms from t on that read the same x; they have as many k. */
+/* The end of the terms from t on that read the same x; they have as many k, and stand together, see `Plan`. */
 static const Term *end_of_run(const Term *t, const Term *last)
 {
     const Term *next = t + 1;
@@ -278,6 +285,7 @@ static const Term *end_of_run(const Term *t, const Term *last)
     return next;
 }
 
+/* Whether some of these terms are contracted here. */
 static int any_in_rows(const Sizes *sizes, const Term *t, const Term *last)
 {
     while (t < last && !in_rows(sizes, t)) t++;
@@ -327,10 +335,10 @@ static void end_gradients(const Rows *rows)
 /* As forward_of_term of contraction.c, for all terms that are contracted here. */
 static int forward_in_rows(const Inputs *in, const Term *terms, float *const *out)
 {
-    const int64_t blocks = num_blocks(in->sizes), thread = omp_get_thread_num(), team = omp_get_num_threads();
-    const int64_t first = blocks * thread / team * BLOCK, last = blocks * (thread + 1) / team * BLOCK;
+    const Share blocks = share(num_blocks(in->sizes));
+    const int64_t first = blocks.first * BLOCK, last = blocks.end * BLOCK;
     const int64_t end = last < in->sizes->rows ? last : in->sizes->rows;
-    if (first >= end) return 0;
+    if (first >= end || !any_in_rows(in->sizes, terms, terms + in->sizes->terms)) return 0;
     Rows rows;
     const int64_t length = begin_rows(in, terms, end - first, &rows);
     if (!length) return NO_MEMORY;
@@ -339,7 +347,7 @@ static int forward_in_rows(const Inputs *in, const Term *terms, float *const *ou
             next = end_of_run(run, terms + in->sizes->terms);
             if (!any_in_rows(in->sizes, run, next)) continue;
             set_rows(start, length, end, run->K, &rows);
-            load_x(in, run, 0, run->K, &rows);
+            load_x(in, run, (Share){0, run->K}, &rows);
             for (const Term *t = run; t < next; t++) {
                 if (!in_rows(in->sizes, t)) continue;
                 const Part part = part_of_out(in, t, out[t->out]);
@@ -372,29 +380,30 @@ static void end_units(const Gradients *to, const Term *t, const Rows *rows)
 /* As backward_of_term, for all terms that are contracted here. */
 static int backward_in_rows(const Inputs *in, const Gradients *to, const Term *terms)
 {
-    const int64_t thread = omp_get_thread_num(), team = omp_get_num_threads();
+    if (!any_in_rows(in->sizes, terms, terms + in->sizes->terms)) return 0;
     Rows rows;
     const int64_t length = begin_rows(in, terms, in->sizes->rows, &rows);
     if (!length) return NO_MEMORY;
     for (int64_t start = 0; start < in->sizes->rows; start += length)
         for (const Term *run = terms, *next; run < terms + in->sizes->terms; run = next) {
-            const int64_t first = run->K * thread / team, end = run->K * (thread + 1) / team;
+            const Share own = share(run->K);
             next = end_of_run(run, terms + in->sizes->terms);
-            if (first == end || !any_in_rows(in->sizes, run, next)) continue;
-            const Part part = part_of_x(in, run, to->grad_x[run->x], first, end);
-            set_rows(start, length, in->sizes->rows, end - first, &rows);
-            load_x(in, run, first, end, &rows);
+            if (own.first == own.end || !any_in_rows(in->sizes, run, next)) continue;
+            const Part part = part_of_x(in, run, to->grad_x[run->x], own);
+            set_rows(start, length, in->sizes->rows, own.end - own.first, &rows);
+            load_x(in, run, own, &rows);
             from_frames(part, &rows, rows.grad_x, rows.K);
             for (const Term *t = run; t < next; t++) {
                 if (!in_rows(in->sizes, t)) continue;
                 float *grad_matrix = to->grad_matrices + t->matrix;
                 memset(rows.of_units, 0, set_term(in, t, &rows) * sizeof(vector));
                 from_frames(part_of_out(in, t, to->grad[t->out]), &rows, rows.out, t->Q);
-                for (int64_t k = first; k < end; k += ks_of(t))
+                for (int64_t k = own.first; k < own.end; k += ks_of(t))
                     for (int64_t q = 0; q < t->Q; q += width_of(t)) {
-                        load_columns(t, in->matrices + t->matrix, k, end, q, 2 * COLUMNS, &rows);
-                        begin_gradients(t, grad_matrix, k, end, q, &rows);
-                        backward_of(t, &rows, rows.x + k - first, rows.out + q, rows.grad_x + k - first);
+                        const int64_t x = k - own.first;
+                        load_columns(t, in->matrices + t->matrix, k, own.end, q, 2 * COLUMNS, &rows);
+                        begin_gradients(t, grad_matrix, k, own.end, q, &rows);
+                        backward_of(t, &rows, rows.x + x, rows.out + q, rows.grad_x + x);
                         end_gradients(&rows);
                     }
                 end_units(to, t, &rows);

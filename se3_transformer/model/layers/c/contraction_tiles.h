@@ -36,15 +36,15 @@ static int forward_in_tiles(const Inputs *in, const Term *t, float *const *out, 
     const int64_t G = in->sizes->group, blocks = num_blocks(in->sizes), columns = t->P * t->Q, span = span_length(t);
     const int64_t x_edge = in->x_rows[t->x] * BLOCK, out_edge = in->out_rows[t->out] * BLOCK;
     const int64_t parts = in->sizes->parts, of_panel = parts * PANEL, strips = columns / SIDE;
-    const int thread = omp_get_thread_num(), team = omp_get_num_threads();
+    const Share own = share(blocks);
     float *radial = scratch((span * columns + HIDDEN) * BLOCK + CHUNK * of_panel / 2);
     float *h = radial + span * columns * BLOCK;
     bf16 *hidden_panels = (bf16 *)(h + HIDDEN * BLOCK);
-    const int64_t last = radial ? blocks * (thread + 1) / team : 0;
+    const int64_t last = radial ? own.end : 0;
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < t->K * strips; i++)
         left_panel(parts, in->matrices + t->matrix + i * SIDE * HIDDEN, HIDDEN, spare + i * of_panel);
-    for (int64_t start = blocks * thread / team; start < last; start += CHUNK) {
+    for (int64_t start = own.first; start < last; start += CHUNK) {
         const int64_t length = last - start < CHUNK ? last - start : CHUNK;
         for (int64_t i = 0; i < length; i++) {
             load_hidden(in, t, start + i, h);
@@ -199,7 +199,6 @@ static int backward_in_tiles(const Inputs *in, const Gradients *to, const Term *
     bf16 *hidden_panels = right + CHUNK * of_edges, *turned = hidden_panels + CHUNK * of_panel;
     bf16 *of_radial = turned + span * strips * of_panel; /* (span, strips, blocks of a chunk) */
     if (!buffers) return NO_MEMORY;
-    if (!blocks) memset(to->grad_matrices + t->matrix + first * step, 0, (end - first) * step * sizeof(float));
     for (int64_t start = 0; start < blocks; start += CHUNK) {
         const int64_t length = blocks - start < CHUNK ? blocks - start : CHUNK;
         Block chunk[CHUNK];

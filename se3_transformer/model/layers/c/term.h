@@ -41,6 +41,18 @@ typedef struct {
     float *h, *grad_h;                        /* hidden, its gradient (HIDDEN, BLOCK) */
 } Block;
 
+/* The calling thread's share of n blocks (forward) or k (backward). All ways to contract share out alike, so that no
+ * two threads write to the same rows of out or grad_x. */
+typedef struct {
+    int64_t first, end;
+} Share;
+
+static inline Share share(int64_t n)
+{
+    const int64_t thread = omp_get_thread_num(), team = omp_get_num_threads();
+    return (Share){n * thread / team, n * (thread + 1) / team};
+}
+
 static inline int64_t num_blocks(const Sizes *sizes) { return (sizes->rows + BLOCK - 1) / BLOCK; }
 
 /* Rows that there are in a block. */
