@@ -240,8 +240,8 @@ class Messages(torch.autograd.Function):
         same: the same function of hidden, matrices and tensors in PyTorch, that can be differentiated more than once.
         parts: see `native.parts_of_products`.
         src: (E,)
-        hidden: (E / share, R, H) last hidden layers of the radial networks, out of a ReLU: where they are zero, so is
-            their gradient. Edges one after the other share them.
+        hidden: (E / share, R, H) last hidden layers of the radial networks; edges one after the other share them. They
+            come out of a ReLU: where they are zero, their gradient may be left at zero.
         matrices: see `Matrices`.
         tensors: the sources, (N, C, 2l+1) or (E, C, 2l+1), then the Wigner blocks of the plan's degrees.
     """
