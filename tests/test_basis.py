@@ -158,11 +158,38 @@ def test_kernel_gradients(rel_pos):
     """With respect to positions, once and twice, at the poles too. Kernels, since frames themselves jump at y = 0."""
 
     def function(r):
-        return torch.cat([kernel.flatten() for kernel in kernels(r, 2).values()])
+        return torch.cat([kernel.flatten() for kernel in kernels(r, 3).values()])
 
     rel_pos = rel_pos[None].double().requires_grad_()
     gradcheck(function, rel_pos, atol=1e-7, fast_mode=True)
     gradgradcheck(function, rel_pos, atol=1e-6, fast_mode=True)
+
+
+def test_blocks_are_differentiated_as_their_recursion():
+    """Along rotations: with respect to the positions that frames are made of. Once and twice."""
+    rel_pos = directions().requires_grad_()
+    generator = torch.Generator().manual_seed(0)
+    along = torch.randn(rel_pos.shape, dtype=rel_pos.dtype, generator=generator)
+    degrees = range(2, MAX_DEGREE + 1)
+    weights = [torch.randn(2 * l + 1, 2 * l + 1, dtype=torch.float64, generator=generator) for l in degrees]
+
+    def derivatives(higher_blocks):
+        blocks = higher_blocks(edge_frames(rel_pos))
+        loss = sum(
+            (block * weight).sum(dim=(1, 2)).square().sum() for block, weight in zip(blocks, weights, strict=True)
+        )
+        (first,) = torch.autograd.grad(loss, rel_pos, create_graph=True)
+        (second,) = torch.autograd.grad((first * along).sum(), rel_pos)
+        return {"first": first, "second": second}
+
+    def recursion(frames):
+        return basis._wigner_recursion(frames, *(basis._wigner_step(l, frames.dtype, frames.device) for l in degrees))
+
+    def ours(frames):
+        return [wigner_blocks(frames, MAX_DEGREE)[str(l)] for l in degrees]
+
+    found, expected = derivatives(ours), derivatives(recursion)
+    assert_same(found, expected, 1e-12)
 
 
 def test_zero_length_edges(dtype):
@@ -200,6 +227,16 @@ def test_get_basis_holds_the_blocks(dtype):
     assert all(basis[l].dtype == dtype for l in "123")
 
 
+@pytest.mark.parametrize("requires_grad", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_on_a_cpu_geometry_is_rounded_only_in_the_end(dtype, requires_grad):
+    rel_pos = directions().to(dtype).requires_grad_(requires_grad)
+    frames = edge_frames(rel_pos)
+    assert_same(frames, edge_frames(rel_pos.double()).to(dtype), 0)
+    blocks = wigner_blocks(frames.double(), MAX_DEGREE)
+    assert_same(wigner_blocks(frames, MAX_DEGREE), {degree: block.to(dtype) for degree, block in blocks.items()}, 0)
+
+
 def test_get_basis_gradients_are_optional():
     rel_pos = directions().requires_grad_()
     assert get_basis(rel_pos, max_degree=2, compute_gradients=True)["2"].requires_grad
@@ -207,10 +244,17 @@ def test_get_basis_gradients_are_optional():
 
 
 def test_autocast_does_not_change_the_numbers():
-    frames = edge_frames(torch.randn(7, 3))
-    expected = wigner_blocks(frames, 3)
+    frames = edge_frames(torch.randn(7, 3)).requires_grad_()
+
+    def blocks_and_gradient():
+        blocks = wigner_blocks(frames, 3)
+        return blocks, torch.autograd.grad(sum(block.sum() for block in blocks.values()), frames)[0]
+
+    blocks, gradient = blocks_and_gradient()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert_same(wigner_blocks(frames, 3), expected, 0)
+        blocks_under_autocast, gradient_under_autocast = blocks_and_gradient()
+    assert_same(blocks_under_autocast, blocks, 0)
+    assert_same(gradient_under_autocast, gradient, 0)
 
 
 def test_default_dtype_does_not_change_the_numbers():

@@ -42,8 +42,8 @@ def compile_basis(device: str, enabled: bool = True) -> None:
     By default that is done on 'cuda' alone, where it saves launches. On a CPU the basis becomes about four times
     faster, but it is a hundredth of a training step, and compiling takes up to a minute for each dtype. Where
     compiling fails (no C++ compiler, no Triton), the basis is computed without it, after one warning; the numbers are
-    the same up to rounding. Where gradients flow to positions it is never compiled, since compiled functions have no
-    second derivatives, which a loss on forces needs.
+    the same up to rounding. Where gradients flow to positions the frames are never compiled, since compiled functions
+    have no second derivatives, which a loss on forces needs.
     """
     (_compiled_devices.add if enabled else _compiled_devices.discard)(device)
 
@@ -71,6 +71,11 @@ def _just_in_time(function: Callable) -> Callable:
     return wrapper
 
 
+def _precise(tensor: Tensor) -> Tensor:
+    """The tensor in the precision in which geometry is computed: double on a CPU; elsewhere that would be slow."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float64 if tensor.device.type == "cpu" else torch.float32))
+
+
 @_just_in_time
 def edge_frames(relative_pos: Tensor) -> Tensor:
     """Rotation g_e of every edge that takes the polar axis y to the direction of the edge.
@@ -84,9 +89,10 @@ def edge_frames(relative_pos: Tensor) -> Tensor:
     Returns:
         (E, 3, 3) rotations; zero matrices for edges of length zero, which have no direction.
     """
-    scale = relative_pos.detach().abs().amax(dim=-1, keepdim=True)  # (E, 1) keeps squares from under- and overflow
+    precise = _precise(relative_pos)
+    scale = precise.detach().abs().amax(dim=-1, keepdim=True)  # (E, 1) keeps squares from under- and overflow
     zero = scale == 0
-    scaled = relative_pos / torch.where(zero, 1.0, scale)
+    scaled = precise / torch.where(zero, 1.0, scale)
     square = (scaled * scaled).sum(dim=-1, keepdim=True)
     x, y, z = (scaled / torch.where(zero, 1.0, square).sqrt()).unbind(dim=-1)
     sign = torch.where(y.detach() >= 0, 1.0, -1.0).to(y.dtype)
@@ -98,7 +104,7 @@ def edge_frames(relative_pos: Tensor) -> Tensor:
         off_diagonal, z, sign * (1 - z * z * inverse),
     )  # fmt: skip
     frames = torch.stack(rows, dim=-1) * ~zero
-    return frames.unflatten(-1, (3, 3))
+    return frames.unflatten(-1, (3, 3)).to(relative_pos.dtype)
 
 
 def constant(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -136,12 +142,16 @@ def clebsch_gordan(degree_1: int, degree_2: int, degree_3: int) -> Tensor:
     return o3.wigner_3j(degree_1, degree_2, degree_3, dtype=torch.float64)
 
 
+def _coupling_to(degree: int) -> Tensor:
+    """Isometry from degrees (l-1) ⊗ 1 to l, float64 (2l-1, 3, 2l+1)."""
+    return clebsch_gordan(degree - 1, 1, degree) * math.sqrt(2 * degree + 1)
+
+
 @constant
 def _wigner_step(degree: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Constant T with vec(D_l) = vec(vec(D_{l-1}) vec(D_1)^T) T: (9·(2l-1)², (2l+1)²)."""
-    dim = 2 * degree + 1
-    coupling = clebsch_gordan(degree - 1, 1, degree) * math.sqrt(dim)  # isometry (l-1) x 1 -> l
-    step = torch.einsum("ija,klb->ikjlab", coupling, coupling).reshape(-1, dim * dim)
+    coupling = _coupling_to(degree)
+    step = torch.einsum("ija,klb->ikjlab", coupling, coupling).reshape(-1, coupling.shape[2] ** 2)
     return step.to(device=device, dtype=dtype)
 
 
@@ -159,22 +169,65 @@ def wigner_blocks(rotations: Tensor, max_degree: int) -> dict[str, Tensor]:
     blocks = {"0": rotations.new_ones(rotations.shape[0], 1, 1)}
     if max_degree >= 1:
         blocks["1"] = rotations
-    steps = [_wigner_step(degree, rotations.dtype, rotations.device) for degree in range(2, max_degree + 1)]
+    precise = _precise(rotations)
+    steps = [_wigner_step(degree, precise.dtype, precise.device) for degree in range(2, max_degree + 1)]
     with torch.autocast(rotations.device.type, enabled=False):
-        higher = _wigner_recursion(rotations, steps)
-    blocks.update({str(degree): block for degree, block in enumerate(higher, start=2)})
+        higher = (_wigner_recursion if torch.compiler.is_compiling() else _HigherBlocks.apply)(precise, *steps)
+    blocks.update({str(degree): block.to(rotations.dtype) for degree, block in enumerate(higher, start=2)})
     return blocks
 
 
 @_just_in_time
-def _wigner_recursion(rotations: Tensor, steps: list[Tensor]) -> list[Tensor]:
+def _wigner_recursion(rotations: Tensor, *steps: Tensor) -> tuple[Tensor, ...]:
     """Wigner blocks of degree 2, 3, … from rotations (E, 3, 3), one for each `_wigner_step`."""
     first = rotations.flatten(1)  # (E, 9)
     blocks, previous = [], first
     for degree, step in enumerate(steps, start=2):
         previous = (previous[:, :, None] * first[:, None, :]).flatten(1) @ step
         blocks.append(previous.unflatten(-1, (2 * degree + 1, 2 * degree + 1)))
-    return blocks
+    return tuple(blocks)
+
+
+@constant
+def _generators(degree: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """J with D_l = 1 + Σ_a ω_a J_a for the turn by a small vector ω, antisymmetric: (3, 2l+1, 2l+1)."""
+    axes = torch.eye(3, dtype=torch.float64)
+    first = torch.linalg.cross(axes[:, None], axes[None]).mT  # J_a v = e_a × v
+    generators = first
+    for higher in range(2, degree + 1):  # J of a tensor product is J ⊗ 1 + 1 ⊗ J
+        coupling = _coupling_to(higher)
+        generators = torch.einsum("ikm,aij,jkn->amn", coupling, generators, coupling) + torch.einsum(
+            "ikm,akj,ijn->amn", coupling, first, coupling
+        )
+    return generators.to(device=device, dtype=dtype)
+
+
+class _HigherBlocks(torch.autograd.Function):
+    """`_wigner_recursion`, differentiated along rotations alone, as often as one likes.
+
+    Blocks of a rotation that is turned on by a small ω are D_l + Σ_a ω_a J_a D_l, with the generators J_a. A loss with
+    gradients G_l with respect to the blocks changes by ω · τ, where τ_a = Σ_l ⟨G_l, J_a D_l⟩ is the torque, and the
+    gradient with respect to the rotation that says the same is ½ Σ_a τ_a J_a D_1. Differentiating the recursion would
+    take more time and memory, and directions that lead away from rotations, which cancel in the end, would leave
+    errors of rounding.
+    """
+
+    @staticmethod
+    def forward(ctx, rotations: Tensor, *steps: Tensor) -> tuple[Tensor, ...]:
+        blocks = _wigner_recursion(rotations, *steps)
+        ctx.save_for_backward(rotations, *blocks)
+        return blocks
+
+    @staticmethod
+    def backward(ctx, *grad: Tensor):
+        rotations, *blocks = ctx.saved_tensors
+        like = rotations.dtype, rotations.device
+        with torch.autocast(rotations.device.type, enabled=False):
+            torque = rotations.new_zeros(len(rotations), 3)
+            for degree, (of_block, block) in enumerate(zip(grad, blocks, strict=True), start=2):
+                torque = torque + (of_block @ block.mT).flatten(1) @ _generators(degree, *like).flatten(1).T
+            turn = (torque @ _generators(1, *like).flatten(1)).unflatten(-1, (3, 3))
+            return turn @ rotations / 2, *[None] * len(blocks)
 
 
 def get_basis(
