@@ -13,7 +13,7 @@ Parts:
     nbody        training step of an N-body network, 128 × 5 particles, 2,560 edges
     protein      training step of a network as protein design programs have it, 300 residues, 19,200 edges
     scaling      forward and backward of the convolution on 1,024 … 65,536 edges: time and memory per edge
-    accuracy     errors of values and gradients against float64
+    accuracy     errors of values and gradients against float64, on as many random graphs as there are rounds
 
 All implementations of a part take turns, A B A B …, and medians are compared. Memory is the most that lives in a step
 above parameters, gradients and optimiser state.
@@ -180,21 +180,27 @@ def scaling(settings: EasyDict) -> str:
 
 def accuracy(settings: EasyDict) -> str:
     """Relative errors ‖x - x64‖ / ‖x64‖ of values and gradients, x64 by ours in float64."""
-    network, inputs = qm9_network(settings), qm9_inputs(4, "bonds")
-    conv, conv_inputs = build_convolution(settings), convolution_inputs(settings.num_channels, 256)
-    rows = []
-    for what, model, arguments, call in (
-        ("convolution", conv, conv_inputs, call_convolution),
-        ("QM9 network", network, inputs, call_network),
-    ):
-        exact = values_and_gradients(model.double(), [to_double(x) for x in arguments], call, "float32")
-        for name, implementation in implementations(model.float()).items():
-            for kind in settings.precisions.split(","):
-                found = values_and_gradients(implementation, arguments, call, kind)
-                errors = [relative_error(found[key], exact[key]) for key in exact]
-                rows.append([f"{what}, {name} {kind}", *(f"{error:.1e}" for error in errors)])
+    errors: dict[str, list[list[float]]] = {}  # of an implementation: for each graph that of values, gradients …
+    for _ in range(settings.rounds):
+        network, inputs = qm9_network(settings), qm9_inputs(4, "bonds")
+        conv, conv_inputs = build_convolution(settings), convolution_inputs(settings.num_channels, 256)
+        for what, model, arguments, call in (
+            ("convolution", conv, conv_inputs, call_convolution),
+            ("QM9 network", network, inputs, call_network),
+        ):
+            exact = values_and_gradients(model.double(), [to_double(x) for x in arguments], call, "float32")
+            for name, implementation in implementations(model.float()).items():
+                for kind in settings.precisions.split(","):
+                    found = values_and_gradients(implementation, arguments, call, kind)
+                    of_graph = [relative_error(found[key], exact[key]) for key in exact]
+                    errors.setdefault(f"{what}, {name} {kind}", []).append(of_graph)
+    rows = [
+        [name, *(f"{statistics.median(of_kind):.1e}" for of_kind in zip(*of_graphs, strict=True))]
+        for name, of_graphs in errors.items()
+    ]
     columns = ["relative error", "values", "gradient: features", "positions", "parameters"]
-    return f"### Accuracy against float64\n\n{table(columns, rows)}"
+    title = f"Accuracy against float64, median of {settings.rounds} random graphs and weights"
+    return f"### {title}\n\n{table(columns, rows)}"
 
 
 PARTS = {

@@ -107,9 +107,11 @@ int contraction_backward(
     const Inputs in = {sizes, x, x_rows, out_rows, hidden, matrices};
     const int64_t of_hidden = sizes->rows * sizes->hidden_row;
     int failed = 0;
-    for (const Term *t = terms; !sizes->rows && t < terms + sizes->terms; t++)
-        memset(grad_matrices + t->matrix, 0, t->K * t->P * t->Q * HIDDEN * sizeof(float));
-    if (!sizes->rows) return 0;
+    if (!sizes->rows) {
+        for (const Term *t = terms; t < terms + sizes->terms; t++)
+            memset(grad_matrices + t->matrix, 0, t->K * t->P * t->Q * HIDDEN * sizeof(float));
+        return 0;
+    }
 #pragma omp parallel num_threads(sizes->threads)
     {
         const Tiles before = begin_tiles(sizes);
