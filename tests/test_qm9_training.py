@@ -57,7 +57,11 @@ def test_it_learns_and_reports(prepared, trained):
     assert (prepared / "data/whole_parity.png").stat().st_size > 5_000
     assert list((prepared / "runs/whole").glob("events*"))
     records = [json.loads(line) for line in (prepared / "runs/whole/log.jsonl").read_text().splitlines()]
-    assert [record["validation/mae [meV]"] for record in records if "validation/mae [meV]" in record][-1] > 0
+    validation = [record["validation/mae [meV]"] for record in records if "validation/mae [meV]" in record]
+    printed = [line for line in trained.stdout.splitlines() if line.startswith("epoch ")]
+    assert len(printed) == len(validation) == 12
+    assert all(f"validation mae [meV] {mae:.4g} " in line for line, mae in zip(printed, validation, strict=True))
+    assert printed[-1].startswith("epoch 12/12   loss ")
     assert records[-1]["test/mae [meV]"] == result["mae"]
 
 

@@ -389,7 +389,7 @@ class Trainer:
         self.window = []
 
     def _finish_epoch(self) -> None:
-        """Validate if it is time, log, keep the best, save the state."""
+        """Validate if it is time, log, keep the best, save the state, print a line."""
         facts, epoch = self.facts.means(), self.epoch + 1
         facts["learning_rate"] = float(self.scheduler.get_last_lr()[0])
         errors = {}
@@ -408,6 +408,10 @@ class Trainer:
             if is_main():
                 save_checkpoint(self.best_path, {**content, "epoch": epoch, "validation": errors})
         self._save_last()
+        if is_main():
+            validation = [f"validation {name} {error:.4g}" for name, error in errors.items() if name != "selection"]
+            shown = [f"epoch {epoch}/{self.settings['epochs']}", f"loss {facts['loss']:.4g}", *validation]
+            print("   ".join(shown), f"  {facts['seconds']:.0f} s", flush=True)  # at once into a file, too
 
     @torch.no_grad()
     def _validate(self, epoch: int) -> dict[str, float]:
