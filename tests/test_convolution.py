@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from itertools import product
 from typing import NamedTuple
 
@@ -10,11 +11,13 @@ import reference
 import torch
 from battery import varied
 from helpers import TOLERANCE, assert_same, gradients, random_sample
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from se3_transformer.model import Fiber
 from se3_transformer.model.basis import get_basis
 from se3_transformer.model.layers import ConvSE3, ConvSE3FuseLevel, contraction, convolution
+from se3_transformer.model.layers.radial import RadialProfile
 
 
 class Case(NamedTuple):
@@ -103,6 +106,86 @@ def assert_equals_slow(conv, sample, dtype, tolerance):
     actual, actual_grads = gradients(lambda s: call(conv, s), sample.to(dtype), conv.named_parameters())
     assert_same(actual, expected, tolerance, "values")
     assert_same(actual_grads, expected_grads, tolerance, "gradients")
+
+
+class Adapter(nn.Module):
+    """W + B A in the place of a linear layer, as programs for fine-tuning put it there."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base = base
+        self.A, self.B = nn.Parameter(torch.randn(2, base.in_features)), nn.Parameter(torch.randn(base.out_features, 2))
+
+    def forward(self, x):
+        return self.base(x) + x @ self.A.T @ self.B.T
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("layer", [0, 3, 6])
+def test_adapters_in_radial_networks(layer, dtype):
+    """They equal the network with their sum in the place of its weight, in values and gradients."""
+    conv, sample = build(CASES["per pair"], use_layer_norm=True).to(dtype), build_sample(CASES["per pair"]).to(dtype)
+    merged = copy.deepcopy(conv)
+    for module, other in zip(radial_networks(conv), radial_networks(merged), strict=True):
+        module.net[layer] = adapter = Adapter(module.net[layer]).to(dtype)
+        other.net[layer].weight = nn.Parameter((adapter.base.weight + adapter.B @ adapter.A).detach())
+    found, expected = call(conv, sample), call(merged, sample)
+    assert_same(found, expected)
+    for out in (found, expected):
+        sum(x.square().sum() for x in out.values()).backward()
+    for module, other in zip(radial_networks(conv), radial_networks(merged), strict=True):
+        adapter, gradient = module.net[layer], other.net[layer].weight.grad
+        assert_same(adapter.base.weight.grad, gradient)
+        assert_same(adapter.B.grad, gradient @ adapter.A.T)
+
+
+@pytest.mark.parametrize(
+    "changed", [nn.utils.spectral_norm, nn.utils.weight_norm, nn.utils.parametrizations.weight_norm]
+)
+def test_hooks_and_parametrizations_in_radial_networks(changed):
+    """They are there in each of several steps."""
+    conv, sample = build(CASES["per pair"]).float(), build_sample(CASES["per pair"]).to(torch.float32)
+    before = call(conv, sample)
+    for module in radial_networks(conv):
+        for layer in (0, 3, 6):
+            changed(module.net[layer])
+    for _ in range(2):
+        out = call(conv, sample)
+        sum(x.square().sum() for x in out.values()).backward()
+    assert all(p.grad is not None for p in conv.parameters())
+    assert changed is not nn.utils.spectral_norm or (out["0"] - before["0"]).norm() > 1e-3 * before["0"].norm()
+
+
+def test_another_nonlinearity_in_radial_networks():
+    conv, sample = build(CASES["per pair"]).float(), build_sample(CASES["per pair"]).to(torch.float32)
+    before = call(conv, sample)
+    for module in radial_networks(conv):
+        module.net[2], module.net[5] = nn.SiLU(), nn.SiLU()
+    assert all((x - before[degree]).norm() > 1e-3 * before[degree].norm() for degree, x in call(conv, sample).items())
+    for module in radial_networks(conv):
+        module.net[6] = nn.Sequential(module.net[6], nn.Tanh())
+    with pytest.raises(ValueError, match="expected a linear last layer"):
+        call(conv, sample)
+
+
+def test_parameters_of_other_sizes():
+    conv, sample = build(CASES["per pair"]).float(), build_sample(CASES["per pair"]).to(torch.float32)
+    radial_networks(conv)[0].net[0].weight = nn.Parameter(torch.randn(32, 7))
+    with pytest.raises(RuntimeError, match="shapes"):
+        call(conv, sample)
+
+
+def test_replaced_modules_are_those_that_work():
+    conv, sample = build(CASES["per pair"]).float(), build_sample(CASES["per pair"]).to(torch.float32)
+    before = call(conv, sample)
+    conv.conv["1,0"] = copy.deepcopy(conv.conv["1,0"])
+    with torch.no_grad():
+        conv.conv["1,0"].radial_func.net[6].weight.mul_(2)
+    assert (call(conv, sample)["0"] - before["0"]).norm() > 1e-3
+
+
+def radial_networks(module):
+    return [part for part in module.modules() if isinstance(part, RadialProfile)]
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())

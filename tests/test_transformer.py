@@ -12,6 +12,7 @@ from helpers import TOLERANCE, assert_finite, assert_same, gradients, random_fea
 
 from se3_transformer.model import Fiber, Graph, SE3Transformer, SE3TransformerPooled
 from se3_transformer.model.basis import get_basis
+from se3_transformer.model.transformer import get_populated_edge_features
 
 
 class ModelBattery(Battery):
@@ -270,6 +271,33 @@ def test_precomputed_basis_with_zero_length_edges():
     sample.src[4], sample.dst[4] = 2, 2
     basis = get_basis(sample.rel_pos, max_degree=1)
     assert_same(model(sample.graph, sample.node_feats, basis=basis), run(model, sample))
+
+
+@pytest.mark.parametrize("with_self_loop", [(True, True), (True, False), (False, True)])
+def test_precomputed_bases_of_several_graphs_joined(with_self_loop):
+    """As the known package's data sets do, key by key."""
+    model, graphs = small().float(), []
+    for loop in with_self_loop:
+        pos = torch.randn(2, 3)
+        src, dst = torch.tensor([0, 1, 1]), torch.tensor([1, 0, 1 if loop else 0])
+        graphs.append(Graph(src, dst, pos[dst] - pos[src], num_nodes=2))
+    bases = [get_basis(graph.rel_pos, max_degree=1) for graph in graphs]
+    basis = {key: torch.cat([basis[key] for basis in bases]) for key in bases[0]}
+    rel_pos = torch.cat([graph.rel_pos for graph in graphs])
+    src, dst = (torch.cat([getattr(graphs[0], end), getattr(graphs[1], end) + 2]) for end in ("src", "dst"))
+    graph, node_feats = Graph(src, dst, rel_pos, batch_num_nodes=torch.tensor([2, 2])), {"0": torch.randn(4, 3, 1)}
+    assert_same(model(graph, node_feats, basis=basis), model(graph, node_feats))
+    with pytest.raises(ValueError, match="expected 'zero_length' as bool"):
+        model(graph, node_feats, basis=basis | {"zero_length": torch.tensor([2])})
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("length", [1e-2, 300.0, 3e4])
+def test_lengths_do_not_overflow(dtype, length):
+    """Nor do their squares, which half precision does not hold."""
+    rel_pos = torch.tensor([[length, 0.0, 0.0], [0.0, 0.6 * length, 0.8 * length]], dtype=dtype)
+    lengths = get_populated_edge_features(rel_pos)["0"].flatten()
+    torch.testing.assert_close(lengths, rel_pos.double().norm(dim=1).to(dtype), rtol=0, atol=0)
 
 
 def test_inputs_stay_as_they_are():

@@ -32,7 +32,7 @@ from torch import Tensor
 # Types of device on which the basis is compiled; see `compile_basis`.
 _compiled_devices = {"cuda"}
 
-# Entry of a basis that lists the edges without direction: int64 (E0,); absent where there are none.
+# Entry of a basis that says which edges have no direction: bool (E,); where it is absent, all have one.
 ZERO_LENGTH = "zero_length"
 
 
@@ -71,7 +71,7 @@ def _just_in_time(function: Callable) -> Callable:
     return wrapper
 
 
-def _precise(tensor: Tensor) -> Tensor:
+def to_precise(tensor: Tensor) -> Tensor:
     """The tensor in the precision in which geometry is computed: double on a CPU; elsewhere that would be slow."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float64 if tensor.device.type == "cpu" else torch.float32))
 
@@ -89,7 +89,7 @@ def edge_frames(relative_pos: Tensor) -> Tensor:
     Returns:
         (E, 3, 3) rotations; zero matrices for edges of length zero, which have no direction.
     """
-    precise = _precise(relative_pos)
+    precise = to_precise(relative_pos)
     scale = precise.detach().abs().amax(dim=-1, keepdim=True)  # (E, 1) keeps squares from under- and overflow
     zero = scale == 0
     scaled = precise / torch.where(zero, 1.0, scale)
@@ -169,7 +169,7 @@ def wigner_blocks(rotations: Tensor, max_degree: int) -> dict[str, Tensor]:
     blocks = {"0": rotations.new_ones(rotations.shape[0], 1, 1)}
     if max_degree >= 1:
         blocks["1"] = rotations
-    precise = _precise(rotations)
+    precise = to_precise(rotations)
     steps = [_wigner_step(degree, precise.dtype, precise.device) for degree in range(2, max_degree + 1)]
     with torch.autocast(rotations.device.type, enabled=False):
         higher = (_wigner_recursion if torch.compiler.is_compiling() else _HigherBlocks.apply)(precise, *steps)
@@ -246,8 +246,8 @@ def get_basis(
         use_pad_trick, amp: accepted for compatibility; they change nothing here.
 
     Returns:
-        Wigner blocks of the edge frames (see `wigner_blocks`), and under `ZERO_LENGTH` the indices of edges of length
-        zero, if there are any.
+        Wigner blocks of the edge frames (see `wigner_blocks`), and under `ZERO_LENGTH` which edges have length zero,
+        bool (E,). All have a row for each edge: those of several graphs can be joined.
 
     Raises:
         ValueError: `relative_pos` has the wrong shape or dtype, or holds NaN or infinity.
@@ -258,10 +258,7 @@ def get_basis(
         torch.set_grad_enabled(compute_gradients and torch.is_grad_enabled()),
     ):
         basis = wigner_blocks(edge_frames(relative_pos), max_degree)
-    zero_length = (relative_pos == 0).all(dim=-1).nonzero().flatten()
-    if torch.compiler.is_compiling() or len(zero_length):  # an exported model may meet them later
-        basis[ZERO_LENGTH] = zero_length
-    return basis
+    return basis | {ZERO_LENGTH: (relative_pos == 0).all(dim=-1)}
 
 
 def update_basis_with_fused(
@@ -306,6 +303,13 @@ def frame_kernels(degree_in: int, degree_out: int) -> tuple[Tensor, Tensor]:
 
 
 @constant
+def isotropic_kernel(degree: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The number that the kernel J = 0 from a degree to itself is, in every direction, as a tensor without axes."""
+    a, _ = frame_kernels(degree, degree)
+    return a[0, 0].to(dtype=dtype, device=device)
+
+
+@constant
 def order_rows(degrees: tuple[int, ...], device: torch.device) -> Tensor:
     """Where each row of `frame_matrix` lies among the rows (degree, m) ordered by degree, int64 (rows,)."""
     starts, start = {}, 0
@@ -344,7 +348,21 @@ class ForwardBasis(dict):
 
     def __init__(self, basis: dict[str, Tensor], in_pairs: bool = False):
         super().__init__(basis)
-        self.in_pairs = in_pairs
+        self.in_pairs, self.zero_length = in_pairs, zero_length_edges(basis)
+
+
+def zero_length_edges(basis: dict[str, Tensor]) -> Tensor | None:
+    """The edges without direction, int64 (E0,), or None if there are none.
+
+    While torch.compile looks on, for which no shape must depend on values: a mask of all edges, bool (E,).
+    """
+    if isinstance(basis, ForwardBasis):
+        return basis.zero_length
+    mask = basis.get(ZERO_LENGTH)
+    if mask is None or torch.compiler.is_compiling():
+        return mask
+    edges = mask.nonzero().flatten()
+    return edges if len(edges) else None
 
 
 def frame_matrix(basis: dict[str, Tensor], degrees: tuple[int, ...]) -> Tensor:

@@ -11,7 +11,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from se3_transformer.model.basis import ZERO_LENGTH, ForwardBasis
+from se3_transformer.model.basis import ForwardBasis, zero_length_edges
 from se3_transformer.model.graph import Graph
 from se3_transformer.model.segment import gather_rows
 
@@ -42,9 +42,8 @@ def in_pairs(
         basis: as `get_basis` gives it.
     """
     scalars = edge_feats["0"]
-    unfit = (
-        scalars.device.type != "cpu" or scalars.requires_grad or torch.compiler.is_compiling() or ZERO_LENGTH in basis
-    )
+    unfit = scalars.device.type != "cpu" or scalars.requires_grad or torch.compiler.is_compiling()
+    unfit = unfit or zero_length_edges(basis) is not None
     order = None if unfit else pair_order(graph.src, graph.dst, graph.num_nodes)
     if order is None:
         return graph, edge_feats, ForwardBasis(basis)

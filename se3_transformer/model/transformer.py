@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from se3_transformer.model.basis import check_relative_pos, get_basis
+from se3_transformer.model.basis import ZERO_LENGTH, check_relative_pos, get_basis, to_precise
 from se3_transformer.model.fiber import Fiber, degree_to_dim
 from se3_transformer.model.graph import Graph, as_graph
 from se3_transformer.model.layers import AttentionBlockSE3, ConvSE3, ConvSE3FuseLevel, GPooling
@@ -58,9 +58,10 @@ def get_populated_edge_features(
         populate_edge: 'lin': r; 'arcsin': arsinh(max(r - 4, 0)) / 3; 'log': log(1 + r); 'zero': 0.
     """
     features = {str(degree): feature for degree, feature in (edge_features or {}).items()}
-    square = relative_pos.square().sum(dim=-1)[:, None, None]
+    square = to_precise(relative_pos).square().sum(dim=-1)[:, None, None]
     zero = square == 0  # where a norm has no second derivative
-    scalar = EDGE_SCALARS[populate_edge](torch.where(zero, 1.0, square).sqrt() * ~zero)
+    lengths = (torch.where(zero, 1.0, square).sqrt() * ~zero).to(relative_pos.dtype)
+    scalar = EDGE_SCALARS[populate_edge](lengths)
     features["0"] = torch.cat([features["0"], scalar], dim=1) if "0" in features else scalar
     return features
 
@@ -440,6 +441,12 @@ def check_basis(basis: dict[str, Tensor], max_degree: int, relative_pos: Tensor)
         raise ValueError(
             f"basis: expected what se3_transformer.model.basis.get_basis of this package gives, got the dense basis of "
             f"another one (with {dense[0]!r}); make it anew"
+        )
+    zero_length = basis.get(ZERO_LENGTH)
+    if zero_length is not None and (zero_length.dtype, zero_length.shape) != (torch.bool, relative_pos.shape[:1]):
+        raise ValueError(
+            f"basis: expected {ZERO_LENGTH!r} as bool ({len(relative_pos)},), got {zero_length.dtype} "
+            f"{tuple(zero_length.shape)}; make it anew"
         )
     for degree in range(1, max_degree + 1):
         expected = (len(relative_pos), degree_to_dim(degree), degree_to_dim(degree))

@@ -23,7 +23,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from se3_transformer.model.basis import ZERO_LENGTH, ForwardBasis, constant, frame_kernels, frame_matrix, split_orders
+from se3_transformer.model.basis import (
+    ForwardBasis,
+    constant,
+    frame_kernels,
+    frame_matrix,
+    isotropic_kernel,
+    split_orders,
+    zero_length_edges,
+)
 from se3_transformer.model.fiber import Fiber, degree_to_dim
 from se3_transformer.model.graph import Graph, as_graph
 from se3_transformer.model.layers import native
@@ -115,8 +123,8 @@ class VersatileConvSE3(nn.Module):
         for degree_out in self.degrees_out:
             for degree_in in self.degrees_in:
                 if degree_in == degree_out == degree:
-                    a, _ = frame_kernels(degree, degree)
-                    return self.radial_func.last_weight[:, :, start] * a[0, 0].item()
+                    weight = self.radial_func.last_weight[:, :, start]
+                    return weight * isotropic_kernel(degree, weight.dtype, weight.device)
                 start += degree_to_dim(min(degree_in, degree_out))
         raise ValueError(f"no path from degree {degree} to itself among {self.degrees_in} -> {self.degrees_out}")
 
@@ -269,21 +277,17 @@ class ConvSE3(nn.Module):
 
         if fuse_level == ConvSE3FuseLevel.FULL and same_in and same_out:
             self.used_fuse_level = ConvSE3FuseLevel.FULL
-            self._rectangles = [rectangle(all_degrees, all_degrees)]
-            self.conv: nn.Module = self._rectangles[0]
+            self.conv: nn.Module = rectangle(all_degrees, all_degrees)
         elif partial and same_in:
             self.used_fuse_level = ConvSE3FuseLevel.PARTIAL
-            named = {str(d): rectangle(all_degrees, [d]) for d in fiber_out.by_channels}
-            self.conv_out, self._rectangles = nn.ModuleDict(named), list(named.values())
+            self.conv_out = nn.ModuleDict({str(d): rectangle(all_degrees, [d]) for d in fiber_out.by_channels})
         elif partial and same_out:
             self.used_fuse_level = ConvSE3FuseLevel.PARTIAL
-            named = {str(d): rectangle([d], all_degrees) for d in degrees_in}
-            self.conv_in, self._rectangles = nn.ModuleDict(named), list(named.values())
+            self.conv_in = nn.ModuleDict({str(d): rectangle([d], all_degrees) for d in degrees_in})
         else:
             self.used_fuse_level = ConvSE3FuseLevel.NONE
             pairs = product(degrees_in, fiber_out.by_channels)
-            named = {f"{i},{o}": rectangle([i], [o], unit_scalar_kernel=True) for i, o in pairs}
-            self.conv, self._rectangles = nn.ModuleDict(named), list(named.values())
+            self.conv = nn.ModuleDict({f"{i},{o}": rectangle([i], [o], unit_scalar_kernel=True) for i, o in pairs})
 
         # Degrees with the same number of channels are rotated together.
         self._groups_in = group_by_value(dict(self.fiber_source.structure))
@@ -302,6 +306,12 @@ class ConvSE3(nn.Module):
                 ]
             )
 
+    @property
+    def _rectangles(self) -> list[VersatileConvSE3]:
+        """What the pairs of degrees are divided into; read anew each time, since users replace modules."""
+        (convolutions,) = (self._modules[name] for name in ("conv", "conv_out", "conv_in") if name in self._modules)
+        return list(convolutions.values()) if isinstance(convolutions, nn.ModuleDict) else [convolutions]
+
     def forward(
         self, node_feats: dict[str, Tensor], edge_feats: dict[str, Tensor], graph: Graph, basis: dict[str, Tensor]
     ) -> dict[str, Tensor] | Tensor:
@@ -319,13 +329,14 @@ class ConvSE3(nn.Module):
         graph = as_graph(graph)
         source_feats, edge_feats, src = self.sources(node_feats, edge_feats, graph)
         messages = self._convolve(source_feats, edge_feats, src, basis)
-        if self.fused_output and ZERO_LENGTH not in basis:
+        zero_length = zero_length_edges(basis)
+        if self.fused_output and zero_length is None:
             return messages[0]
         if self.fused_output:
             messages = messages[0].split([degree_to_dim(degree) for degree in self._degrees_out], dim=2)
         parts = dict(zip(self._degrees_out, messages, strict=True))
-        if ZERO_LENGTH in basis:
-            parts = self._add_isotropic(parts, source_feats, edge_feats, src, basis[ZERO_LENGTH])
+        if zero_length is not None:
+            parts = self._add_isotropic(parts, source_feats, edge_feats, src, zero_length)
         if self.fused_output:
             return torch.cat([parts[degree] for degree in self.fiber_out.degrees], dim=2)
         out = {str(degree): parts[degree] for degree in self.fiber_out.degrees}
@@ -367,13 +378,16 @@ class ConvSE3(nn.Module):
         work: Callable[..., list[Tensor]]
         geometry: dict[Any, Tensor]
         weights: Any  # as `work` wants them
-        natively = self._rectangles[0].radial_func.mid_dim == native.HIDDEN and native.fits(
-            edge_feats["0"], *self._sources(node_feats, edge_feats)
+        networks = [rectangle.radial_func for rectangle in self._rectangles]
+        natively = (
+            native.fits(edge_feats["0"], *self._sources(node_feats, edge_feats))
+            and networks[0].mid_dim == native.HIDDEN
+            and all(network.is_as_made for network in networks)
         )
         if natively:
             plan, work = self._plan(), self._messages_natively
             with torch.autocast("cpu", enabled=False):
-                weights = Matrices.apply(plan, *(r.radial_func.last_weight.float() for r in self._rectangles))
+                weights = Matrices.apply(plan, *(network.last_weight.float() for network in networks))
             geometry = {str(degree): basis[str(degree)] for degree in plan.degrees}
         else:
             work = self._messages
@@ -383,7 +397,7 @@ class ConvSE3(nn.Module):
         def messages(edges: slice) -> list[Tensor]:
             features = {degree: feature[edges] for degree, feature in edge_feats.items()}
             scalars = features["0"].squeeze(-1)[::share]  # of every `share` edges one after the other they are the same
-            hidden = hidden_layers([rectangle.radial_func for rectangle in self._rectangles], scalars)
+            hidden = hidden_layers(networks, scalars)
             of_edges = {key: tensor[edges] for key, tensor in geometry.items()}
             return work(node_feats, features, src[edges], of_edges, hidden, weights)
 
@@ -553,9 +567,14 @@ class ConvSE3(nn.Module):
         """Add what edges of length zero may carry: the path J = 0, from each degree l > 0 to itself.
 
         Their Wigner blocks are zero, so that of the other paths only the one from degree 0 to degree 0 is in `out`.
+
+        Args:
+            edges: as `zero_length_edges` gives them: indices, or a mask.
         """
-        edge_feats = {degree: gather_rows(feature, edges) for degree, feature in edge_feats.items()}
-        src = gather_rows(src, edges)
+        masked = edges.dtype == torch.bool
+        if not masked:
+            edge_feats = {degree: gather_rows(feature, edges) for degree, feature in edge_feats.items()}
+            src = gather_rows(src, edges)
         hidden_of = hidden_layers([r.radial_func for r in self._rectangles], edge_feats["0"].squeeze(-1))
         for rectangle, hidden in zip(self._rectangles, hidden_of.unbind(1), strict=True):
             for degree in set(rectangle.degrees_in) & set(rectangle.degrees_out) - {0}:
@@ -563,6 +582,9 @@ class ConvSE3(nn.Module):
                 x = self._source_features(node_feats, edge_feats, src, (degree,))
                 kernel = hidden.to(weight.dtype) @ weight.flatten(0, 1).T
                 kernel = kernel.unflatten(1, weight.shape[:2]).to(x.dtype)  # (E0, C_out, C_in)
-                message = torch.bmm(kernel, x.transpose(1, 2))
-                out[degree] = out[degree].index_add(0, edges, message.to(out[degree].dtype))
+                message = torch.bmm(kernel, x.transpose(1, 2)).to(out[degree].dtype)
+                if masked:
+                    out[degree] = out[degree] + message * edges[:, None, None]
+                else:
+                    out[degree] = out[degree].index_add(0, edges, message)
         return out

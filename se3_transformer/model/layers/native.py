@@ -95,6 +95,7 @@ def call(name: str, *arguments) -> None:
 
     Raises:
         ValueError: a tensor is not on the CPU.
+        TypeError: a tensor of a class of its own, which may have its numbers elsewhere.
         MemoryError: it found no memory for its buffers.
         IndexError: an index is out of range.
     """
@@ -102,6 +103,8 @@ def call(name: str, *arguments) -> None:
     def address(tensor):
         if tensor.device.type != "cpu":
             raise ValueError(f"{name}: expected all tensors on one device, got some on the CPU, one on {tensor.device}")
+        if type(tensor) not in TENSORS:
+            raise TypeError(f"{name}: expected plain tensors, got {type(tensor).__name__}; {OFF}=0 does without {name}")
         return tensor.data_ptr()
 
     def pointer(argument):

@@ -53,7 +53,8 @@ class NormSE3(nn.Module):
         together = hasattr(self, "group_norm")
         norms: list[Any] = [self.group_norm] if together else [self.layer_norms[str(d)] for d in self.fiber.degrees]
         affine = (torch.cat([norm.weight for norm in norms]), torch.cat([norm.bias for norm in norms]))
-        if type(self.nonlinearity) is nn.ReLU and native.fits(*affine, *inputs, precisions=(torch.float32,)):
+        natively = type(self.nonlinearity) is nn.ReLU and all(len(a) == sum(self.fiber.channels) for a in affine)
+        if natively and native.fits(*affine, *inputs, precisions=(torch.float32,)):
             outputs = _Native.apply(self._normalised, self.softening, *affine, *inputs)
         else:
             outputs = self._normalised(*affine, *inputs)

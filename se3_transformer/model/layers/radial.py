@@ -41,6 +41,9 @@ class RadialProfile(nn.Module):
             nn.ReLU(),
             nn.Linear(mid_dim, num_freq * channels_in * channels_out, bias=False),
         )
+        self._made = [
+            (type(layer), [p if p is None else p.shape for p in layer._parameters.values()]) for layer in self.net
+        ]
 
     @property
     def hidden(self) -> list[nn.Linear | nn.LayerNorm]:
@@ -48,21 +51,58 @@ class RadialProfile(nn.Module):
         return [layer for layer in list(self.net)[:-1] if isinstance(layer, nn.Linear | nn.LayerNorm)]
 
     @property
+    def is_as_made(self) -> bool:
+        """Whether nobody put other layers, hooks, or parameters of other shapes into the network."""
+        return len(self.net) == len(self._made) and all(
+            type(layer) is kind
+            and not (layer._forward_pre_hooks or layer._forward_hooks)
+            and shapes == [p if p is None else p.shape for p in layer._parameters.values()]
+            and getattr(layer, "eps", native.EPSILON) == native.EPSILON
+            for layer, (kind, shapes) in zip(self.net, self._made)
+        )
+
+    @property
     def last_weight(self) -> Tensor:
-        """(C_out, C_in, F, H) weight that makes the radial weights from the hidden layer."""
-        return cast(Tensor, self.net[-1].weight).unflatten(0, (self.channels_out, self.channels_in, self.num_freq))
+        """(C_out, C_in, F, H) weight that makes the radial weights from the hidden layer.
+
+        Raises:
+            ValueError: the last layer was replaced by one that is not linear.
+        """
+        last = self.net[-1]
+        weight = (
+            cast(Tensor, last.weight) if self.is_as_made else matrix_of(last, next(self.parameters()), self.mid_dim)
+        )
+        return weight.unflatten(0, (self.channels_out, self.channels_in, self.num_freq))
 
     def forward(self, edge_scalars: Tensor) -> Tensor:
         return self.net(edge_scalars)
 
 
+def matrix_of(layer: nn.Module, like: Tensor, inputs: int) -> Tensor:
+    """(outputs, inputs) matrix of what stands in the place of a linear layer without bias, an adapter for example.
+
+    Raises:
+        ValueError: it is not linear.
+    """
+    units = torch.eye(inputs, dtype=like.dtype, device=like.device)
+    with torch.autocast(like.device.type, enabled=False):  # one call, since hooks may change it from one to the next
+        rows, others = layer(torch.cat([units, 0 * units[:1], units.sum(0)[None]])).split([inputs, 2])
+    difference = others.detach() - torch.stack([0 * rows[0], rows.sum(0)]).detach()
+    random = any(isinstance(part, nn.Dropout) and part.training for part in layer.modules())
+    if not random and difference.abs().max() > 1e-2 * rows.detach().abs().max():
+        raise ValueError(f"radial network: expected a linear last layer without bias, got {layer}")
+    return rows.T
+
+
 def hidden_layers(networks: list[RadialProfile], edge_scalars: Tensor) -> Tensor:
-    """The last hidden layer of every network, (E, R, H): all are computed together.
+    """The last hidden layer of every network, (E, R, H): all are computed together, unless they were changed.
 
     Args:
         networks: R radial networks of the same sizes.
         edge_scalars: (E, edge_dim), the input of all of them.
     """
+    if not all(network.is_as_made for network in networks):
+        return torch.stack([network.net[:-1](edge_scalars) for network in networks], dim=1)
     parameters = [p for network in networks for layer in network.hidden for p in (layer.weight, layer.bias)]
     sizes = (len(networks), networks[0].mid_dim, networks[0].use_layer_norm)
     if sizes[1] == native.HIDDEN and native.fits(edge_scalars):
