@@ -125,6 +125,7 @@ def test_settings_of_a_whole_script_for_the_pooled_model():
     others = dict(epochs=100, batch_size=240, seed=None, num_workers=8, amp=False, silent=False, gradient_clip=None)
     others |= dict(learning_rate=2e-3, min_learning_rate=None, momentum=0.9, weight_decay=0.1, task="homo", wandb=False)
     others |= dict(data_dir=".", log_dir=".", precompute_bases=False, eval_interval=20, optimizer="adam")
+    others |= dict(num_classes=3, num_threads=2, num_edges=8, num_seeds=1, norm_eps=1e-6, final_layer_norm=True)
     args = argparse.Namespace(**model_settings, norm=True, use_layer_norm=True, low_memory=False, **others)
     fibers = dict(fiber_in=Fiber({0: 6}), fiber_out=Fiber({0: 8}), fiber_edge=Fiber({0: 4}))
     with pytest.warns(UserWarning, match="left out.*epochs, batch_size.*optimizer"):

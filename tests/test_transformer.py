@@ -482,6 +482,21 @@ def test_graph_defaults():
     assert graph.to("cpu").num_nodes == 4
 
 
+def test_batch_of_graphs():
+    """The graphs of a batch, batches among them, one after the other; results are those of each graph."""
+    model = small(return_type=0, pooling="max")
+    samples = [random_sample({0: 3}, nodes=(n,), edges=(e,), seed=n) for n, e in ((4, 6), (3, 0), (5, 9))]
+    graphs = [sample.graph for sample in samples]
+    batch = Graph.batch([Graph.batch(graphs[:2]), graphs[2]])
+    assert (batch.num_nodes, batch.num_edges, batch.num_graphs) == (12, 15, 3)
+    assert batch.batch_num_edges.tolist() == [6, 0, 9]
+    found = model(batch, {"0": torch.cat([sample.node_feats["0"] for sample in samples])})
+    assert_same(found, torch.cat([model(sample.graph, sample.node_feats) for sample in samples]), 1e-14)
+    for wrong in ([], [graphs[0], replace(graphs[1], rel_pos=None)]):
+        with pytest.raises(ValueError, match="all with rel_pos or all without"):
+            Graph.batch(wrong)
+
+
 def test_state_of_one_dtype_loads_into_another():
     model, sample = small(), random_sample({0: 3}, dtype=torch.float32)
     single = small().float()

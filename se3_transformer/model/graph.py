@@ -42,6 +42,8 @@ class Graph:
         self.src, self.dst = self.src.long(), self.dst.long()
         if self.src.shape != self.dst.shape:
             raise ValueError(f"Graph: src and dst differ in length, {len(self.src)} and {len(self.dst)}")
+        if self.rel_pos is not None and not isinstance(self.rel_pos, Tensor):
+            raise TypeError(f"Graph.rel_pos: expected a tensor (E, 3), got {type(self.rel_pos).__name__}")
         if self.rel_pos is not None and self.rel_pos.shape[:1] != self.src.shape:
             raise ValueError(f"Graph.rel_pos: expected {len(self.src)} rows, one per edge, got {len(self.rel_pos)}")
         for name, tensor in (("dst", self.dst), ("rel_pos", self.rel_pos)):
@@ -134,6 +136,26 @@ class Graph:
         return graph
 
     @staticmethod
+    def batch(graphs: Sequence[Graph]) -> Graph:
+        """Graphs, or batches of them, one after the other in one batch, as the collate function of a DataLoader does.
+
+        Raises:
+            ValueError: no graph, or `rel_pos` of some of them alone.
+        """
+        if not graphs or len({graph.rel_pos is None for graph in graphs}) > 1:
+            raise ValueError(f"Graph.batch: expected graphs all with rel_pos or all without, got {len(graphs)} graphs")
+        first = 0  # id of the first node of a graph
+        parts: dict[str, list[Any]] = {field.name: [] for field in fields(Graph)}
+        for graph in graphs:
+            for name, values in parts.items():
+                value = getattr(graph, name)
+                values.append(value + first if name in ("src", "dst") else value)
+            first += graph.num_nodes
+        del parts["num_nodes"]
+        joined = {name: None if any(v is None for v in values) else torch.cat(values) for name, values in parts.items()}
+        return Graph(num_nodes=first, **joined)
+
+    @staticmethod
     def from_pyg(data: Data) -> Graph:
         """The graph of a PyG `Data` or `Batch`, or of anything with the same attributes; PyG is not needed.
 
@@ -153,7 +175,7 @@ class Graph:
         elif (graphs := getattr(data, "batch", None)) is not None:
             if (graphs.diff() < 0).any():
                 raise ValueError("batch: expected the nodes of each graph to follow each other, but it is not sorted")
-            sizes = graphs.bincount()
+            sizes = graphs.bincount(minlength=int(getattr(data, "num_graphs", None) or 0))  # the last may be empty
         src, dst = edges
         if rel_pos is None and positions is not None:
             return Graph.from_positions(positions, src, dst, sizes)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Callable, Mapping
-from difflib import get_close_matches
+from os.path import commonprefix
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -381,16 +381,26 @@ def without_foreign(options: dict[str, Any]) -> dict[str, Any]:
     """The arguments of `SE3Transformer` among some options, with a warning that names the others.
 
     Raises:
-        TypeError: an option that is nearly, but not quite, called like an argument.
+        TypeError: an option that is called like an argument but for one slip, see `is_slip`.
     """
     known = list(inspect.signature(SE3Transformer).parameters)
     foreign = [name for name in options if name not in known]
     for name in foreign:
-        if near := get_close_matches(name, known, n=1, cutoff=0.7):
-            raise TypeError(f"SE3Transformer has no argument {name!r}; did you mean {near[0]!r}?")
+        for argument in known:
+            if is_slip(name, argument):
+                raise TypeError(f"SE3Transformer has no argument {name!r}; did you mean {argument!r}?")
     if foreign:
         warnings.warn(f"left out, as they are no arguments of SE3Transformer: {', '.join(foreign)}", stacklevel=3)
     return {name: value for name, value in options.items() if name in known}
+
+
+def is_slip(name: str, meant: str) -> bool:
+    """Whether one letter too many, too few or wrong, or two that changed places, make the difference."""
+    start = len(commonprefix([name, meant]))
+    name, meant = name[start:], meant[start:]
+    end = len(commonprefix([name[::-1], meant[::-1]]))
+    name, meant = name[: len(name) - end], meant[: len(meant) - end]
+    return max(len(name), len(meant)) <= 1 or (len(name) == 2 and name == meant[::-1])
 
 
 def check_parameters(parameter: Tensor, relative_pos: Tensor) -> None:

@@ -15,6 +15,7 @@ import hashlib
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -192,7 +193,8 @@ def library() -> ctypes.CDLL | None:
         said = f" {error.stderr.strip()[-500:]}" if isinstance(error, subprocess.CalledProcessError) else ""
         warnings.warn(
             f"no compiled code, the model will be slower on the CPU: {error}.{said} A C compiler is needed (cc, or the "
-            f"one that CC names); {OFF}=0 does without it and without this warning.",
+            f"one that CC names) and a folder to load from (in the home directory, or {FOLDER}); {OFF}=0 does without "
+            "them and without this warning.",
             stacklevel=2,
         )
         return None
@@ -204,12 +206,13 @@ def compiled() -> Path:
     Raises:
         OSError, subprocess.SubprocessError: no compiler, or it failed, or no folder to write to.
     """
-    name = os.environ.get("CC") or "cc"
-    compiler = shutil.which(name)
-    if compiler is None:
+    name, *options = shlex.split(os.environ.get("CC") or "cc")  # as "ccache gcc", or with flags
+    found = shutil.which(name)
+    if found is None:
         raise FileNotFoundError(f"no C compiler {name!r}")
+    compiler = [found, *options]
     sources = [source.read_text(encoding="utf-8") for source in sorted(SOURCES.iterdir())]
-    made_of = "\n".join([*sources, run([compiler, "--version"]), *FLAGS, *OPTIONAL, processor()])
+    made_of = "\n".join([*sources, run([*compiler, "--version"]), *compiler, *FLAGS, *OPTIONAL, processor()])
     path = folder() / f"layers_{hashlib.sha256(made_of.encode()).hexdigest()[:16]}.so"
     if not path.exists():
         with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
@@ -219,10 +222,10 @@ def compiled() -> Path:
     return path
 
 
-def compile_with(compiler: str, optional: list[str], files: list[str]) -> None:
+def compile_with(compiler: list[str], optional: list[str], files: list[str]) -> None:
     """Run the compiler with optional flags, or those of them that it knows."""
     try:
-        run([compiler, *FLAGS, *optional, *files])
+        run([*compiler, *FLAGS, *optional, *files])
     except subprocess.CalledProcessError as error:
         known = [flag for flag in optional if not re.search(OPTIONAL[flag], error.stderr)]
         if known == optional:  # something else is wrong; or it was killed, which must not slow the library for good
