@@ -1,6 +1,8 @@
 """Edge frames, Wigner blocks and the couplings in the edge frame, against e3nn."""
 
 import math
+import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 
 import pytest
@@ -229,7 +231,7 @@ def test_get_basis_holds_the_blocks(dtype):
 
 @pytest.mark.parametrize("requires_grad", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_on_a_cpu_geometry_is_rounded_only_in_the_end(dtype, requires_grad):
+def test_on_a_cpu_geometry_is_computed_in_double_precision(dtype, requires_grad):
     rel_pos = directions().to(dtype).requires_grad_(requires_grad)
     frames = edge_frames(rel_pos)
     assert_same(frames, edge_frames(rel_pos.double()).to(dtype), 0)
@@ -243,7 +245,8 @@ def test_get_basis_gradients_are_optional():
     assert not get_basis(rel_pos, max_degree=2, compute_gradients=False)["2"].requires_grad
 
 
-def test_autocast_does_not_change_the_numbers():
+def test_autocast_does_not_change_the_numbers(monkeypatch):
+    monkeypatch.setattr(basis, "precise_dtype", lambda tensor: tensor.dtype)  # as elsewhere than on a CPU
     frames = edge_frames(torch.randn(7, 3)).requires_grad_()
 
     def blocks_and_gradient():
@@ -255,6 +258,41 @@ def test_autocast_does_not_change_the_numbers():
         blocks_under_autocast, gradient_under_autocast = blocks_and_gradient()
     assert_same(blocks_under_autocast, blocks, 0)
     assert_same(gradient_under_autocast, gradient, 0)
+
+
+def test_constants_are_made_once_for_all_threads():
+    """Also where several want them for the first time at once."""
+
+    @basis.constant
+    def number(n):
+        time.sleep(0.01 * (n == 0))
+        return torch.tensor(float(n))
+
+    with ThreadPoolExecutor(4) as pool:
+        for numbers in pool.map(lambda _: [number(n).item() for n in range(3)], range(4)):
+            assert numbers == [0, 1, 2]
+    assert [number(n).item() for n in range(3)] == [0, 1, 2]
+
+
+def test_constants_do_not_depend_on_the_default_device():
+    with torch.device("meta"):
+        assert basis.clebsch_gordan.__wrapped__(1, 1, 2).device.type == "cpu"
+        assert basis._generators.__wrapped__(2, torch.float64, torch.device("cpu")).device.type == "cpu"
+
+
+def test_blocks_of_many_edges(monkeypatch):
+    """In parts, each as if it were alone, with their gradients."""
+    rel_pos = torch.randn(10, 3, requires_grad=True)
+
+    def blocks_and_gradient():
+        blocks = get_basis(rel_pos, 3)
+        return blocks, torch.autograd.grad(sum(block.sum() for block in blocks.values()), rel_pos)[0]
+
+    (expected, expected_gradient) = blocks_and_gradient()
+    monkeypatch.setattr(basis, "MAX_EDGES", 4)
+    blocks, gradient = blocks_and_gradient()
+    assert_same(blocks, expected, 1e-7)
+    assert_same(gradient, expected_gradient, 1e-6)
 
 
 def test_default_dtype_does_not_change_the_numbers():

@@ -234,7 +234,7 @@ def test_cached_frames_are_those_computed_on_the_fly(dataset):
         batch = dataset.batch(torch.randperm(len(dataset))[:size])
         assert torch.equal(batch.rotations, edge_frames(batch.graph.rel_pos))
         basis, expected = batch.basis(3), get_basis(batch.graph.rel_pos, 3)
-        assert basis.keys() == expected.keys()
+        assert basis.keys() == {"0", "1", "2", "3"}
         for degree, block in basis.items():
             assert torch.equal(block, expected[degree]), f"degree {degree}"
 

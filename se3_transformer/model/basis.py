@@ -32,6 +32,8 @@ from torch import Tensor
 # Types of device on which the basis is compiled; see `compile_basis`.
 _compiled_devices = {"cuda"}
 
+MAX_EDGES = 2048  # of which a CPU makes Wigner blocks at a time, so that what is in between stays small
+
 # Entry of a basis that says which edges have no direction: bool (E,); where it is absent, all have one.
 ZERO_LENGTH = "zero_length"
 
@@ -39,11 +41,10 @@ ZERO_LENGTH = "zero_length"
 def compile_basis(device: str, enabled: bool = True) -> None:
     """Have torch.compile compile the basis on a type of device ('cpu', 'cuda'), just in time, or not.
 
-    By default that is done on 'cuda' alone, where it saves launches. On a CPU the basis becomes about four times
-    faster, but it is a hundredth of a training step, and compiling takes up to a minute for each dtype. Where
-    compiling fails (no C++ compiler, no Triton), the basis is computed without it, after one warning; the numbers are
-    the same up to rounding. Where gradients flow to positions the frames are never compiled, since compiled functions
-    have no second derivatives, which a loss on forces needs.
+    By default that is done on 'cuda' alone, where it saves launches. On a CPU it gains little, and compiling takes up
+    to a minute. Where compiling fails (no C++ compiler, no Triton), the basis is computed without it, after one
+    warning; the numbers are the same up to rounding. Where gradients flow to positions the frames are never compiled,
+    since compiled functions have no second derivatives, which a loss on forces needs.
     """
     (_compiled_devices.add if enabled else _compiled_devices.discard)(device)
 
@@ -71,9 +72,9 @@ def _just_in_time(function: Callable) -> Callable:
     return wrapper
 
 
-def to_precise(tensor: Tensor) -> Tensor:
-    """The tensor in the precision in which geometry is computed: double on a CPU; elsewhere that would be slow."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float64 if tensor.device.type == "cpu" else torch.float32))
+def precise_dtype(tensor: Tensor) -> torch.dtype:
+    """In which geometry is computed from this tensor: double precision on a CPU; elsewhere that would be slow."""
+    return torch.promote_types(tensor.dtype, torch.float64 if tensor.device.type == "cpu" else torch.float32)
 
 
 @_just_in_time
@@ -89,7 +90,7 @@ def edge_frames(relative_pos: Tensor) -> Tensor:
     Returns:
         (E, 3, 3) rotations; zero matrices for edges of length zero, which have no direction.
     """
-    precise = to_precise(relative_pos)
+    precise = relative_pos.to(precise_dtype(relative_pos))
     scale = precise.detach().abs().amax(dim=-1, keepdim=True)  # (E, 1) keeps squares from under- and overflow
     zero = scale == 0
     scaled = precise / torch.where(zero, 1.0, scale)
@@ -121,10 +122,11 @@ def constant(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         if args not in names:
             with torch.inference_mode(False):  # made in inference, it could not be used in training
                 value = function(*args)
-            with lock:  # several threads may want it at the same time
-                name = f"value_{len(names)}"
-                setattr(values, name, value)
-                names[args] = name
+            with lock:  # several threads may have made it at the same time
+                if args not in names:
+                    name = f"value_{len(names)}"
+                    setattr(values, name, value)
+                    names[args] = name
         return names[args]
 
     @wraps(function)
@@ -139,7 +141,7 @@ def clebsch_gordan(degree_1: int, degree_2: int, degree_3: int) -> Tensor:
     """Coupling of three degrees, float64 (2·l1+1, 2·l2+1, 2·l3+1), of norm 1 (e3nn's `o3.wigner_3j`)."""
     from e3nn import o3  # here, because only this constant needs it and it takes seconds to import
 
-    return o3.wigner_3j(degree_1, degree_2, degree_3, dtype=torch.float64)
+    return o3.wigner_3j(degree_1, degree_2, degree_3, dtype=torch.float64, device="cpu")
 
 
 def _coupling_to(degree: int) -> Tensor:
@@ -158,6 +160,9 @@ def _wigner_step(degree: int, dtype: torch.dtype, device: torch.device) -> Tenso
 def wigner_blocks(rotations: Tensor, max_degree: int) -> dict[str, Tensor]:
     """Wigner blocks of rotations by the recursion D_l = C (D_{l-1} ⊗ D_1) C^T, without angles; not under autocast.
 
+    Gradients of the blocks of degree 2 and more are along rotations: right for rotations that are made of something
+    else, not for matrices that are free to become anything.
+
     Args:
         rotations: (E, 3, 3), as `edge_frames` gives them.
         max_degree: highest degree L.
@@ -169,29 +174,30 @@ def wigner_blocks(rotations: Tensor, max_degree: int) -> dict[str, Tensor]:
     blocks = {"0": rotations.new_ones(rotations.shape[0], 1, 1)}
     if max_degree >= 1:
         blocks["1"] = rotations
-    precise = to_precise(rotations)
-    steps = [_wigner_step(degree, precise.dtype, precise.device) for degree in range(2, max_degree + 1)]
-    with torch.autocast(rotations.device.type, enabled=False):
-        higher = (_wigner_recursion if torch.compiler.is_compiling() else _HigherBlocks.apply)(precise, *steps)
-    blocks.update({str(degree): block.to(rotations.dtype) for degree, block in enumerate(higher, start=2)})
+    if max_degree >= 2:
+        dtype, device = precise_dtype(rotations), rotations.device
+        steps = [_wigner_step(degree, dtype, device) for degree in range(2, max_degree + 1)]
+        with torch.autocast(device.type, enabled=False):
+            higher = (_wigner_recursion if torch.compiler.is_compiling() else _HigherBlocks.apply)(rotations, *steps)
+        blocks.update({str(degree): block for degree, block in enumerate(higher, start=2)})
     return blocks
 
 
 @_just_in_time
 def _wigner_recursion(rotations: Tensor, *steps: Tensor) -> tuple[Tensor, ...]:
-    """Wigner blocks of degree 2, 3, … from rotations (E, 3, 3), one for each `_wigner_step`."""
-    first = rotations.flatten(1)  # (E, 9)
+    """Wigner blocks of degree 2, 3, … from rotations (E, 3, 3), one for each `_wigner_step`, in the dtype of these."""
+    first = rotations.to(steps[0].dtype).flatten(1)  # (E, 9)
     blocks, previous = [], first
     for degree, step in enumerate(steps, start=2):
         previous = (previous[:, :, None] * first[:, None, :]).flatten(1) @ step
-        blocks.append(previous.unflatten(-1, (2 * degree + 1, 2 * degree + 1)))
+        blocks.append(previous.unflatten(-1, (2 * degree + 1, 2 * degree + 1)).to(rotations.dtype))
     return tuple(blocks)
 
 
 @constant
 def _generators(degree: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """J with D_l = 1 + Σ_a ω_a J_a for the turn by a small vector ω, antisymmetric: (3, 2l+1, 2l+1)."""
-    axes = torch.eye(3, dtype=torch.float64)
+    axes = torch.eye(3, dtype=torch.float64, device="cpu")  # whatever the default device is
     first = torch.linalg.cross(axes[:, None], axes[None]).mT  # J_a v = e_a × v
     generators = first
     for higher in range(2, degree + 1):  # J of a tensor product is J ⊗ 1 + 1 ⊗ J
@@ -208,26 +214,33 @@ class _HigherBlocks(torch.autograd.Function):
     Blocks of a rotation that is turned on by a small ω are D_l + Σ_a ω_a J_a D_l, with the generators J_a. A loss with
     gradients G_l with respect to the blocks changes by ω · τ, where τ_a = Σ_l ⟨G_l, J_a D_l⟩ is the torque, and the
     gradient with respect to the rotation that says the same is ½ Σ_a τ_a J_a D_1. Differentiating the recursion would
-    take more time and memory, and directions that lead away from rotations, which cancel in the end, would leave
-    errors of rounding.
+    take more time, and directions that lead away from rotations, which cancel in the end, would leave errors of
+    rounding.
     """
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx, rotations: Tensor, *steps: Tensor) -> tuple[Tensor, ...]:
-        blocks = _wigner_recursion(rotations, *steps)
-        ctx.save_for_backward(rotations, *blocks)
-        return blocks
+    def forward(rotations: Tensor, *steps: Tensor) -> tuple[Tensor, ...]:
+        chunk = MAX_EDGES if rotations.device.type == "cpu" else max(len(rotations), 1)
+        parts = [_wigner_recursion(part, *steps) for part in rotations.split(chunk)]
+        return tuple(torch.cat(of_degree) for of_degree in zip(*parts, strict=True))
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        ctx.save_for_backward(inputs[0], *output)
 
     @staticmethod
     def backward(ctx, *grad: Tensor):
         rotations, *blocks = ctx.saved_tensors
-        like = rotations.dtype, rotations.device
+        like = precise_dtype(rotations), rotations.device
+        first, torque = rotations.to(like[0]), 0
         with torch.autocast(rotations.device.type, enabled=False):
-            torque = rotations.new_zeros(len(rotations), 3)
             for degree, (of_block, block) in enumerate(zip(grad, blocks, strict=True), start=2):
-                torque = torque + (of_block @ block.mT).flatten(1) @ _generators(degree, *like).flatten(1).T
+                turning = of_block.to(like[0]) @ block.to(like[0]).mT
+                torque = torque + turning.flatten(1) @ _generators(degree, *like).flatten(1).T  # (E, 3)
             turn = (torque @ _generators(1, *like).flatten(1)).unflatten(-1, (3, 3))
-            return turn @ rotations / 2, *[None] * len(blocks)
+            return (turn @ first / 2).to(rotations.dtype), *[None] * len(blocks)
 
 
 def get_basis(

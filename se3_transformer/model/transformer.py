@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from se3_transformer.model.basis import ZERO_LENGTH, check_relative_pos, get_basis, to_precise
+from se3_transformer.model.basis import ZERO_LENGTH, check_relative_pos, get_basis, precise_dtype
 from se3_transformer.model.fiber import Fiber, degree_to_dim
 from se3_transformer.model.graph import Graph, as_graph
 from se3_transformer.model.layers import AttentionBlockSE3, ConvSE3, ConvSE3FuseLevel, GPooling
@@ -58,7 +58,7 @@ def get_populated_edge_features(
         populate_edge: 'lin': r; 'arcsin': arsinh(max(r - 4, 0)) / 3; 'log': log(1 + r); 'zero': 0.
     """
     features = {str(degree): feature for degree, feature in (edge_features or {}).items()}
-    square = to_precise(relative_pos).square().sum(dim=-1)[:, None, None]
+    square = relative_pos.to(precise_dtype(relative_pos)).square().sum(dim=-1)[:, None, None]
     zero = square == 0  # where a norm has no second derivative
     lengths = (torch.where(zero, 1.0, square).sqrt() * ~zero).to(relative_pos.dtype)
     scalar = EDGE_SCALARS[populate_edge](lengths)

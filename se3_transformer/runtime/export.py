@@ -84,7 +84,8 @@ def _example(model: EquivariantNetwork | SE3TransformerPooled) -> tuple:
 
     src = torch.tensor([0, 1, 1, 2, 3, 4, 4, 5], device=parameter.device)
     dst = torch.tensor([1, 0, 2, 1, 4, 3, 5, 4], device=parameter.device)
-    rel_pos = torch.arange(1, 25, device=parameter.device, dtype=parameter.dtype).view(8, 3)
+    rel_pos = torch.arange(24, device=parameter.device, dtype=parameter.dtype).view(8, 3)
+    rel_pos[0] = 0  # of length zero, or the constant for such edges would not be made
     batch_num_nodes = torch.tensor([3, 3], device=parameter.device)
     return src, dst, rel_pos, features(transformer.fiber_in, 6), features(transformer.fiber_edge, 8), batch_num_nodes
 
