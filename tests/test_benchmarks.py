@@ -44,8 +44,12 @@ def test_step(tmp_path):
 def test_step_accuracy(tmp_path):
     done = run("benchmarks/step.py", *STEP_FLAGS, "--parts", "accuracy", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    errors = {row[0]: list(map(float, row[1:])) for row in rows(done.stdout)[1:]}
+    found = {row[0]: row[1:] for row in rows(done.stdout)[1:]}
+    errors = {name: list(map(float, cells)) for name, cells in found.items() if " / " not in name}
     assert len(errors) == 2 * 4
+    ratios = [float(cell.split(",")[0]) for cell in found["convolution, ours / yardstick float32"]]
+    pairs = zip(errors["convolution, ours float32"], errors["convolution, yardstick float32"], strict=True)
+    assert ratios == pytest.approx([a / b for a, b in pairs], rel=0.1)  # of the one graph here, rounded
     for what in ("convolution, ours", "convolution, yardstick", "QM9 network, ours", "QM9 network, yardstick"):
         least = 1e-4 if what.endswith("yardstick") else 1e-9  # ours is too narrow here for products in bf16
         for single, half in zip(errors[f"{what} float32"], errors[f"{what} bf16"], strict=True):
