@@ -49,7 +49,7 @@ def test_step_accuracy(tmp_path):
     assert len(errors) == 2 * 4
     ratios = [float(cell.split(",")[0]) for cell in found["convolution, ours / yardstick float32"]]
     pairs = zip(errors["convolution, ours float32"], errors["convolution, yardstick float32"], strict=True)
-    assert ratios == pytest.approx([a / b for a, b in pairs], rel=0.1)  # of the one graph here, rounded
+    assert ratios == pytest.approx([a / b for a, b in pairs], rel=0.15)  # of the one graph here, rounded
     for what in ("convolution, ours", "convolution, yardstick", "QM9 network, ours", "QM9 network, yardstick"):
         least = 1e-4 if what.endswith("yardstick") else 1e-9  # ours is too narrow here for products in bf16
         for single, half in zip(errors[f"{what} float32"], errors[f"{what} bf16"], strict=True):
