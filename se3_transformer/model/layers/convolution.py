@@ -379,10 +379,11 @@ class ConvSE3(nn.Module):
         geometry: dict[Any, Tensor]
         weights: Any  # as `work` wants them
         networks = [rectangle.radial_func for rectangle in self._rectangles]
+        as_made = all(network.is_as_made for network in networks)
         natively = (
-            native.fits(edge_feats["0"], *self._sources(node_feats, edge_feats))
+            as_made
             and networks[0].mid_dim == native.HIDDEN
-            and all(network.is_as_made for network in networks)
+            and native.fits(edge_feats["0"], *self._sources(node_feats, edge_feats))
         )
         if natively:
             plan, work = self._plan(), self._messages_natively
@@ -397,7 +398,7 @@ class ConvSE3(nn.Module):
         def messages(edges: slice) -> list[Tensor]:
             features = {degree: feature[edges] for degree, feature in edge_feats.items()}
             scalars = features["0"].squeeze(-1)[::share]  # of every `share` edges one after the other they are the same
-            hidden = hidden_layers(networks, scalars)
+            hidden = hidden_layers(networks, scalars, as_made)
             of_edges = {key: tensor[edges] for key, tensor in geometry.items()}
             return work(node_feats, features, src[edges], of_edges, hidden, weights)
 
@@ -575,7 +576,9 @@ class ConvSE3(nn.Module):
         if not masked:
             edge_feats = {degree: gather_rows(feature, edges) for degree, feature in edge_feats.items()}
             src = gather_rows(src, edges)
-        hidden_of = hidden_layers([r.radial_func for r in self._rectangles], edge_feats["0"].squeeze(-1))
+        networks = [rectangle.radial_func for rectangle in self._rectangles]
+        as_made = all(network.is_as_made for network in networks)
+        hidden_of = hidden_layers(networks, edge_feats["0"].squeeze(-1), as_made)
         for rectangle, hidden in zip(self._rectangles, hidden_of.unbind(1), strict=True):
             for degree in set(rectangle.degrees_in) & set(rectangle.degrees_out) - {0}:
                 weight = rectangle.isotropic_weight(degree)

@@ -41,9 +41,7 @@ class RadialProfile(nn.Module):
             nn.ReLU(),
             nn.Linear(mid_dim, num_freq * channels_in * channels_out, bias=False),
         )
-        self._made = [
-            (type(layer), [p if p is None else p.shape for p in layer._parameters.values()]) for layer in self.net
-        ]
+        self._made = [(type(layer), _shapes(layer)) for layer in self.net]
 
     @property
     def hidden(self) -> list[nn.Linear | nn.LayerNorm]:
@@ -53,13 +51,8 @@ class RadialProfile(nn.Module):
     @property
     def is_as_made(self) -> bool:
         """Whether nobody put other layers, hooks, or parameters of other shapes into the network."""
-        return len(self.net) == len(self._made) and all(
-            type(layer) is kind
-            and not (layer._forward_pre_hooks or layer._forward_hooks)
-            and shapes == [p if p is None else p.shape for p in layer._parameters.values()]
-            and getattr(layer, "eps", native.EPSILON) == native.EPSILON
-            for layer, (kind, shapes) in zip(self.net, self._made)
-        )
+        layers = list(self.net)
+        return len(layers) == len(self._made) and all(map(_is_as_made, layers, self._made))
 
     @property
     def last_weight(self) -> Tensor:
@@ -69,13 +62,28 @@ class RadialProfile(nn.Module):
             ValueError: the last layer was replaced by one that is not linear.
         """
         last = self.net[-1]
-        weight = (
-            cast(Tensor, last.weight) if self.is_as_made else matrix_of(last, next(self.parameters()), self.mid_dim)
-        )
+        if _is_as_made(last, self._made[-1]):
+            weight = cast(Tensor, last.weight)
+        else:
+            weight = matrix_of(last, next(self.parameters()), self.mid_dim)
         return weight.unflatten(0, (self.channels_out, self.channels_in, self.num_freq))
 
     def forward(self, edge_scalars: Tensor) -> Tensor:
         return self.net(edge_scalars)
+
+
+def _shapes(layer: nn.Module) -> list[torch.Size | None]:
+    return [p if p is None else p.shape for p in layer._parameters.values()]
+
+
+def _is_as_made(layer: nn.Module, made: tuple[type, list]) -> bool:
+    kind, shapes = made
+    return (
+        type(layer) is kind
+        and not (layer._forward_pre_hooks or layer._forward_hooks)
+        and (not shapes or _shapes(layer) == shapes)
+        and (kind is not nn.LayerNorm or layer.eps == native.EPSILON)
+    )
 
 
 def matrix_of(layer: nn.Module, like: Tensor, inputs: int) -> Tensor:
@@ -94,14 +102,15 @@ def matrix_of(layer: nn.Module, like: Tensor, inputs: int) -> Tensor:
     return rows.T
 
 
-def hidden_layers(networks: list[RadialProfile], edge_scalars: Tensor) -> Tensor:
-    """The last hidden layer of every network, (E, R, H): all are computed together, unless they were changed.
+def hidden_layers(networks: list[RadialProfile], edge_scalars: Tensor, as_made: bool) -> Tensor:
+    """The last hidden layer of every network, (E, R, H).
 
     Args:
         networks: R radial networks of the same sizes.
         edge_scalars: (E, edge_dim), the input of all of them.
+        as_made: all of them are, so that they can be computed together.
     """
-    if not all(network.is_as_made for network in networks):
+    if not as_made:
         return torch.stack([network.net[:-1](edge_scalars) for network in networks], dim=1)
     parameters = [p for network in networks for layer in network.hidden for p in (layer.weight, layer.bias)]
     sizes = (len(networks), networks[0].mid_dim, networks[0].use_layer_norm)
