@@ -234,7 +234,8 @@ class _HigherBlocks(torch.autograd.Function):
     def backward(ctx, *grad: Tensor):
         rotations, *blocks = ctx.saved_tensors
         like = precise_dtype(rotations), rotations.device
-        first, torque = rotations.to(like[0]), 0
+        first = rotations.to(like[0])
+        torque = first.new_zeros(len(first), 3)
         with torch.autocast(rotations.device.type, enabled=False):
             for degree, (of_block, block) in enumerate(zip(grad, blocks, strict=True), start=2):
                 turning = of_block.to(like[0]) @ block.to(like[0]).mT

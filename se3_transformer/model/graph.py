@@ -152,7 +152,10 @@ class Graph:
                 values.append(value + first if name in ("src", "dst") else value)
             first += graph.num_nodes
         del parts["num_nodes"]
-        joined = {name: None if any(v is None for v in values) else torch.cat(values) for name, values in parts.items()}
+        joined: dict[str, Any] = {
+            name: None if any(value is None for value in values) else torch.cat(values)
+            for name, values in parts.items()
+        }
         return Graph(num_nodes=first, **joined)
 
     @staticmethod

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from enum import Enum
 from functools import cache
 from itertools import product
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -309,8 +309,8 @@ class ConvSE3(nn.Module):
     @property
     def _rectangles(self) -> list[VersatileConvSE3]:
         """What the pairs of degrees are divided into; read anew each time, since users replace modules."""
-        (convolutions,) = (self._modules[name] for name in ("conv", "conv_out", "conv_in") if name in self._modules)
-        return list(convolutions.values()) if isinstance(convolutions, nn.ModuleDict) else [convolutions]
+        (found,) = (self._modules[name] for name in ("conv", "conv_out", "conv_in") if name in self._modules)
+        return cast(list[VersatileConvSE3], list(found.values()) if isinstance(found, nn.ModuleDict) else [found])
 
     def forward(
         self, node_feats: dict[str, Tensor], edge_feats: dict[str, Tensor], graph: Graph, basis: dict[str, Tensor]

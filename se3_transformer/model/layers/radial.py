@@ -82,7 +82,7 @@ def _is_as_made(layer: nn.Module, made: tuple[type, list]) -> bool:
         type(layer) is kind
         and not (layer._forward_pre_hooks or layer._forward_hooks)
         and (not shapes or _shapes(layer) == shapes)
-        and (kind is not nn.LayerNorm or layer.eps == native.EPSILON)
+        and (not isinstance(layer, nn.LayerNorm) or layer.eps == native.EPSILON)
     )
 
 
