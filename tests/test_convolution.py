@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 from itertools import product
 from typing import NamedTuple
 
@@ -172,6 +173,19 @@ def test_parameters_of_other_sizes():
     conv, sample = build(CASES["per pair"]).float(), build_sample(CASES["per pair"]).to(torch.float32)
     radial_networks(conv)[0].net[0].weight = nn.Parameter(torch.randn(32, 7))
     with pytest.raises(RuntimeError, match="shapes"):
+        call(conv, sample)
+
+
+class OwnTensor(torch.Tensor):
+    """A class of its own, as those have whose numbers lie elsewhere."""
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler here")
+def test_parameters_of_another_class():
+    conv, sample = build(CASES["per pair"]).float(), build_sample(CASES["per pair"]).to(torch.float32)
+    layer = radial_networks(conv)[0].net[0]
+    layer.weight = nn.Parameter(layer.weight.detach().as_subclass(OwnTensor))
+    with pytest.raises(TypeError, match="expected plain tensors, got OwnTensor"):
         call(conv, sample)
 
 

@@ -25,6 +25,14 @@ from se3_transformer.model.layers import (
 )
 
 
+def test_norm_with_parameters_of_other_sizes():
+    """PyTorch says so; compiled code would read past their end."""
+    norm, features = NormSE3(Fiber({0: 8, 1: 8})), random_features(Fiber({0: 8, 1: 8}), 3, torch.float32)
+    norm.group_norm.weight = nn.Parameter(torch.ones(3))
+    with pytest.raises(RuntimeError, match="weight"):
+        norm(features)
+
+
 class GraphLayer(Battery):
     """A layer called with (node features, edge features with distance, graph, basis)."""
 
