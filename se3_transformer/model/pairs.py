@@ -11,7 +11,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from se3_transformer.model.basis import ForwardBasis, zero_length_edges
+from se3_transformer.model.basis import ForwardBasis
 from se3_transformer.model.graph import Graph
 from se3_transformer.model.segment import gather_rows
 
@@ -41,15 +41,15 @@ def in_pairs(
         edge_feats: {'l': (E, C, 2l+1)}, '0' with the distance.
         basis: as `get_basis` gives it.
     """
-    scalars = edge_feats["0"]
+    scalars, as_it_is = edge_feats["0"], ForwardBasis(basis)
     unfit = scalars.device.type != "cpu" or scalars.requires_grad or torch.compiler.is_compiling()
-    unfit = unfit or zero_length_edges(basis) is not None
+    unfit = unfit or as_it_is.zero_length is not None
     order = None if unfit else pair_order(graph.src, graph.dst, graph.num_nodes)
     if order is None:
-        return graph, edge_feats, ForwardBasis(basis)
+        return graph, edge_feats, as_it_is
     scalars = gather_rows(scalars, order)
     if not torch.equal(scalars[::2], scalars[1::2]):
-        return graph, edge_feats, ForwardBasis(basis)
+        return graph, edge_feats, as_it_is
     assert graph.rel_pos is not None  # else there was no distance
     graph = replace(
         graph,
